@@ -1,0 +1,148 @@
+"""Entry points and Hydra: where `conf/` lies, the run folder's default name, and errors that fit on one line.
+
+Only entry points import this; everything below them receives objects and plain arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+IGNORED_IN_RUN_NAMES = ("resume", "run", "paths.", "paths/", "trainer.devices", "trainer.num_nodes", "trainer.accelerator", "hydra.", "hydra/")
+"""Overrides that say where and how a run happens, not which run it is."""
+
+
+class UserError(ValueError):
+    """Something that the user can mend; the message says what and how."""
+
+
+def config_dir() -> Path:
+    """conf/ beside the package in a checkout, t2v/conf in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "conf", package.parent / "conf"):
+        if (candidate / "train.yaml").is_file():
+            return candidate
+    raise FileNotFoundError(f"no conf/ beside or inside {package}: reinstall t2v")
+
+
+def run_name(overrides: list[str]) -> str:
+    """Eight hexadecimal digits that name a run: the same overrides in any order, on any number of devices, give the same name."""
+    relevant = sorted(override for override in overrides if not override.lstrip("+~").startswith(IGNORED_IN_RUN_NAMES))
+    return hashlib.sha256("\n".join(relevant).encode()).hexdigest()[:8]
+
+
+def _run_name_of_this_job() -> str:
+    from hydra.core.hydra_config import HydraConfig
+
+    return run_name(list(HydraConfig.get().overrides.task)) if HydraConfig.initialized() else "unnamed"
+
+
+OmegaConf.register_new_resolver("run_name", _run_name_of_this_job, replace=True)
+
+
+def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Make `main(cfg)` a Hydra entry point on conf/<config_name>.yaml whose foreseeable errors end in one line and exit code 1.
+
+    HYDRA_FULL_ERROR=1 shows the traceback as well.
+    """
+
+    def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+        @functools.wraps(main)
+        def task(cfg: DictConfig) -> Any:
+            try:
+                return main(cfg)
+            except (ValueError, OSError, KeyboardInterrupt, HydraException, OmegaConfBaseException) as error:
+                from hydra.core.hydra_config import HydraConfig
+                from hydra.types import RunMode
+
+                if show_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
+                    raise
+                _exit_with(error)
+
+        @functools.wraps(main)
+        def run() -> None:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach this function instead of Hydra's own report
+            try:
+                hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(task)()
+            except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+                if show_traceback:
+                    raise
+                _exit_with(error)
+
+        return run
+
+    return decorate
+
+
+def _exit_with(error: BaseException) -> None:
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    if not isinstance(error, (ValueError, OSError, KeyboardInterrupt, HydraException, OmegaConfBaseException)):
+        raise error  # a bug, not a mistake of the user's: show where
+    if isinstance(error, KeyboardInterrupt):
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ is not None else error
+    messages = [" ".join(str(part).strip().splitlines()) for part in dict.fromkeys((str(error), str(cause))) if str(part).strip()]
+    message = re.sub(r"\s+", " ", ". ".join(messages))
+    print(f"error: {message}{_near_matches(message)}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _near_matches(message: str) -> str:
+    """For an unknown option of a group, or an unknown key: the names closest to what was typed."""
+    option = re.search(r"Could not find '([^']+)/([^'/]+)'", message)
+    if option:
+        group, typed = option.groups()
+        known = [path.stem for path in (config_dir() / group).glob("*.yaml")]
+    else:
+        key = re.search(r"Could not override '([^']+)'", message) or re.search(r"Key '([^']+)' is not in struct", message)
+        if not key:
+            return ""
+        typed, known = key.group(1).split("@")[0], list(_known_keys(typed=key.group(1)))
+    near = difflib.get_close_matches(typed, known, n=3, cutoff=0.5)
+    near += [name for name in known if name.split(".")[-1] == typed.split(".")[-1] and name not in near][: 3 - len(near)]
+    return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def _known_keys(typed: str) -> Iterator[str]:
+    """Every dotted key of the configuration as it composes without the override that names `typed`."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    overrides = [arg for arg in sys.argv[1:] if "=" in arg and not arg.startswith("-") and not arg.lstrip("+~").startswith((typed, "hydra"))]
+    GlobalHydra.instance().clear()
+    name = Path(sys.argv[0]).stem.removeprefix("t2v-")
+    if not (config_dir() / f"{name}.yaml").is_file():
+        return
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            cfg = compose(name, overrides=overrides)
+    except (HydraException, OmegaConfBaseException):
+        return
+
+    def walk(node: DictConfig, prefix: str) -> Iterator[str]:
+        for key in node:
+            yield f"{prefix}{key}"
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing() and not child._is_interpolation():
+                yield from walk(child, f"{prefix}{key}.")
+
+    yield from walk(cfg, "")
+    for group in config_dir().iterdir():
+        if group.is_dir():
+            yield group.name
