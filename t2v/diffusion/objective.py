@@ -1,0 +1,28 @@
+"""What the network is trained to predict, and how far off it is (Eq. 5). Each variant is a class of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from t2v.diffusion.schedule import NoiseSchedule
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A network: (Z_t (b c f h w), t (b,), text (b n d)) -> predicted noise (b c f h w). Eq. 4."""
+
+
+@dataclass(frozen=True)
+class NoisePrediction:
+    """Eq. 5: the expectation of || epsilon - epsilon_theta(Z_t, c, t) ||^2, per sample and per latent value."""
+
+    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+
+    def __call__(self, unet: Denoiser, latents: Tensor, text: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """latents, noise (b c f h w), text (b n d), timestep (b,) -> mean squared error of each sample (b,), in float32 or wider."""
+        noisy = self.schedule.add_noise(latents, noise, timestep)  # (b c f h w)
+        predicted = unet(noisy, timestep, text)
+        dtype = torch.promote_types(predicted.dtype, torch.float32)
+        return (predicted.to(dtype) - noise.to(dtype)).square().mean(dim=(1, 2, 3, 4))  # (b,)
