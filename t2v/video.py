@@ -155,7 +155,7 @@ def _wanted(
     span = (times[-1] - times[0]) * time_base
     if fps is None:
         begin = _start(start, 0.0)
-        first = max(0, bisect_right(times, times[0] + begin / time_base) - 1)
+        first = max(0, bisect_right(times, times[0] + begin // time_base) - 1)
         chosen = times[first:] if num_frames is None else times[first : first + num_frames]
         if num_frames is not None and len(chosen) < num_frames:
             raise BadSample("video_too_few_frames", f"{len(chosen)} of {num_frames}")
@@ -181,7 +181,7 @@ def _wanted(
         offset = begin + k * step
         if offset > span:  # short == "loop": the last frame stays for one more step, then it starts again
             offset = offset % (span + step)
-        time = times[0] + offset / time_base
+        time = times[0] + offset // time_base
         chosen.append(times[max(0, bisect_right(times, time) - 1)])  # bisect: the frame on screen, also at variable frame rates
     return chosen, float(begin)
 

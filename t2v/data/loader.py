@@ -1,0 +1,257 @@
+"""Hosts a stream's readers on ranks and workers, cuts its samples into micro-batches, and keeps what a resume needs.
+
+Sample i of the stream goes to rank i mod W. Reader j lives on rank j mod W, there in worker (j div W) mod K. Where W * K divides the number
+of readers R, sample i comes from reader i mod R, so the global order depends on neither W nor K. Where it does not, each worker draws
+round-robin among the readers that it hosts: still nothing is lost or repeated within a pass, but another W or K gives another order (the
+log says so). State counts what the trainer consumed (`Progress`), so what workers have prefetched does not matter.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from t2v.batch import Clip, ClipBatch, Cursor
+from t2v.data.errors import DataQualityError
+from t2v.data.readers import START, ClipStream, Host
+
+log = logging.getLogger(__name__)
+EXAMPLES = 20  # bad samples that a batch names; the rest are only counted
+
+
+@dataclass
+class Item:
+    """What a worker sends: a clip, or the reason why there will be none, and the bad samples met on the way."""
+
+    clip: Clip | None
+    events: list[dict[str, str]]
+    failure: str = ""
+
+
+class ClipLoader:
+    """An endless iterable of ClipBatch micro-batches, `accumulate` per optimizer step, without a length.
+
+    Together the micro-batches of a step are this rank's share of `global_batch`: shares differ by at most one sample, and so do the
+    micro-batches of a share; one may be empty. `rank` and `world` are those of the role (the ranks that read this stream). `state` is
+    `Progress.state_dict()` merged over the ranks. `iter()` always starts from `state`.
+    Raises DataQualityError when too much of the data is bad, and TimeoutError when no sample comes for `timeout` seconds.
+    """
+
+    def __init__(
+        self,
+        stream: ClipStream,
+        *,
+        global_batch: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        num_workers: int = 0,
+        state: Mapping[str, Any] | None = None,
+        timeout: float = 300.0,
+        multiprocessing_context: str | None = None,
+        prefetch: int = 8,
+        pin_memory: bool = False,
+    ) -> None:
+        if not 0 <= rank < world:
+            raise ValueError(f"{stream.name}: rank {rank} does not exist among {world} ranks")
+        if world > stream.readers:
+            raise ValueError(
+                f"{stream.name}: {world} ranks need at least as many readers, not num_readers={stream.readers}; "
+                f"set data.*.num_readers to a multiple of {world * max(1, num_workers)} before the first step of the run"
+            )
+        if global_batch < 1 or accumulate < 1:
+            raise ValueError(f"{stream.name}: global_batch={global_batch} and accumulate={accumulate} must be at least 1")
+        self.stream, self.rank, self.world = stream, rank, world
+        self.global_batch, self.accumulate = global_batch, accumulate
+        self.state = check_state(stream, state)
+        local = len(range(rank, stream.readers, world))
+        self.num_workers = min(num_workers, local)
+        self.timeout, self.context, self.prefetch, self.pin_memory = timeout, multiprocessing_context, prefetch, pin_memory
+        if multiprocessing_context not in (None, *multiprocessing.get_all_start_methods()):
+            known = ", ".join(multiprocessing.get_all_start_methods())
+            raise ValueError(f"{stream.name}: no start method {multiprocessing_context!r} here; there are {known}")
+        if rank == 0:
+            self._say_order(num_workers)
+
+    def progress(self) -> Progress:
+        """A counter for what is consumed from this loader."""
+        return Progress(self.stream.readers, self.state, signature=self.stream.signature)
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        items = self._items()
+        counts: Counter[tuple[str, str]] = Counter()
+        examples: list[dict[str, str]] = []
+        begin = int(self.state["samples"])
+        while True:
+            for size in split(owned(begin, begin + self.global_batch, self.rank, self.world), self.accumulate):
+                clips: list[Clip] = []
+                while len(clips) < size:
+                    item = next(items)
+                    counts.update((event["source"], event["reason"]) for event in item.events)
+                    examples = (examples + item.events)[:EXAMPLES]
+                    if item.clip is None:
+                        raise DataQualityError(item.failure)
+                    clips.append(item.clip)
+                batch = ClipBatch.collate(clips) if clips else empty(self.stream.shape)
+                batch.bad, batch.bad_examples = counts, examples
+                counts, examples = Counter(), []
+                yield batch.pin_memory() if self.pin_memory and clips else batch
+            begin += self.global_batch
+
+    def _items(self) -> Iterator[Item]:
+        consumed = owned(0, int(self.state["samples"]), self.rank, self.world)
+        hosting = Hosting(self.stream, self.rank, self.world, consumed, self.state["cursors"])
+        if self.num_workers == 0:
+            yield from hosting
+            return
+        loader = DataLoader(
+            hosting,
+            batch_size=None,
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_start_worker,
+            prefetch_factor=self.prefetch,
+            timeout=self.timeout,
+            multiprocessing_context=self.context,
+        )
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            raise TimeoutError(
+                f"{self.stream.name}: no sample came from {self.num_workers} workers for {self.timeout:g} s. A file system or an object "
+                "store may hang; raise loader.timeout if it is only slow"
+            ) from error
+
+    def _say_order(self, asked: int) -> None:
+        stream, hosts = self.stream, self.world * max(1, self.num_workers)
+        if self.num_workers < asked:
+            log.warning(
+                "%s: %d of %d workers are used on each rank: with %d ranks num_readers=%d leaves no readers for more",
+                stream.name, self.num_workers, asked, self.world, stream.readers,
+            )  # fmt: skip
+        if stream.readers % hosts:
+            log.warning(
+                "%s: the sample order depends on the number of ranks and workers, as %d ranks x %d workers do not divide num_readers=%d; "
+                "nothing is lost or repeated within a pass, and resuming on the same number is exact",
+                stream.name, self.world, max(1, self.num_workers), stream.readers,
+            )  # fmt: skip
+
+
+class Hosting(IterableDataset):
+    """The readers of one rank, in the worker that iterates over it. Rank and world are given, never looked up."""
+
+    def __init__(self, stream: ClipStream, rank: int, world: int, consumed: int, cursors: Mapping[int, Cursor]) -> None:
+        self.stream, self.rank, self.world, self.consumed, self.cursors = stream, rank, world, consumed, dict(cursors)
+
+    def __iter__(self) -> Iterator[Item]:
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        worker = (worker + self.consumed) % workers  # the torch worker that is asked first takes the next sample
+        local = range(self.rank, self.stream.readers, self.world)[worker::workers]
+        host = Host(self.stream.limits)
+        clips = [self.stream.clips(reader, self.cursors.get(reader, START), host) for reader in local]
+        turn = self.consumed + (worker - self.consumed) % workers  # this rank's next sample that falls to this worker
+        while True:
+            try:
+                clip = next(clips[turn // workers % len(clips)])
+            except DataQualityError as error:
+                yield Item(None, host.take(), str(error))
+                return
+            clip.index = self.rank + self.world * turn
+            yield Item(clip, host.take())
+            turn += workers
+
+
+class Progress:
+    """What was consumed of a stream: the samples, and a cursor per reader. Every rank keeps its own; `merge` joins them."""
+
+    def __init__(self, num_readers: int, state: Mapping[str, Any] | None = None, signature: str = "") -> None:
+        self.num_readers = num_readers
+        state = state or {}
+        self.signature = signature or str(state.get("signature", ""))  # of the stream; "" is not checked on a resume
+        self.samples = int(state.get("samples", 0))  # of all ranks, up to `state`
+        self.consumed = 0  # of this rank, since then
+        self.cursors: dict[int, Cursor] = _cursors(state)
+
+    def update(self, batch: ClipBatch) -> None:
+        """Call when the batch's step is done."""
+        self.consumed += len(batch)
+        self.cursors.update(zip(batch.readers, batch.cursors))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain and small; json keeps it. Of one rank: merge the ranks' before a resume."""
+        return {
+            "readers": self.num_readers,
+            "signature": self.signature,
+            "samples": self.samples,
+            "consumed": self.consumed,
+            "cursors": {str(reader): list(cursor) for reader, cursor in sorted(self.cursors.items())},
+        }
+
+    @staticmethod
+    def merge(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The states of all ranks of one role -> the state to resume from, on any number of ranks."""
+        if not states or any(state[name] != states[0][name] for state in states for name in ("readers", "signature", "samples")):
+            raise ValueError("the ranks' data states do not belong together: they differ in readers, signature or samples")
+        cursors: dict[int, Cursor] = {}
+        for state in states:
+            for reader, cursor in _cursors(state).items():
+                cursors[reader] = max(cursor, cursors.get(reader, START))
+        merged = Progress(states[0]["readers"], states[0])
+        merged.samples += sum(state["consumed"] for state in states)
+        merged.cursors = cursors
+        return merged.state_dict()
+
+
+def check_state(stream: ClipStream, state: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The state to start from. Raises ValueError where its cursors do not refer to this stream."""
+    fresh = {"readers": stream.readers, "signature": stream.signature, "samples": 0, "cursors": {}}
+    if state is None:
+        return fresh
+    if state["readers"] != stream.readers:
+        raise ValueError(f"{stream.name}: the checkpoint was written with num_readers={state['readers']}, not {stream.readers}; keep it")
+    if state["signature"] not in ("", stream.signature):
+        raise ValueError(
+            f"{stream.name}: the checkpoint's positions refer to other data: shards, weights, shuffle buffer or seed have changed since. "
+            "Keep them to resume, or start a new run from the checkpoint's weights"
+        )
+    if state.get("consumed"):
+        raise ValueError(f"{stream.name}: this is the data state of one rank; join the ranks' states with Progress.merge")
+    return fresh | {"samples": int(state["samples"]), "cursors": _cursors(state)}
+
+
+def owned(begin: int, end: int, rank: int, world: int) -> int:
+    """How many of the samples begin, ..., end - 1 go to `rank`."""
+    return len(range(begin + (rank - begin) % world, end, world))
+
+
+def split(count: int, parts: int) -> list[int]:
+    """`count` in `parts` that differ by at most one."""
+    return [count // parts + (part < count % parts) for part in range(parts)]
+
+
+def empty(shape: tuple[int, int, int, int]) -> ClipBatch:
+    return ClipBatch(frames=torch.zeros((0, *shape), dtype=torch.uint8), captions=[], keys=[], sources=[], indices=[])
+
+
+def _cursors(state: Mapping[str, Any]) -> dict[int, Cursor]:
+    return {int(reader): (int(c[0]), int(c[1]), int(c[2])) for reader, c in state.get("cursors", {}).items()}
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)  # the workers are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
