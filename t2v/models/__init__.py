@@ -1,0 +1,1 @@
+"""Networks: torch and attention kernels only. They know neither Lightning nor the diffusion process."""

@@ -1,0 +1,201 @@
+"""Spatial and temporal attention of the spatio-temporal block (section 3.2, Figure 4b), on channels-last tokens (b f n d), n = h * w.
+
+Which tokens see each other is only a matter of views:
+spatial self-attention (b f) batches of n tokens; text cross-attention b batches of (f n) queries on one set of text keys per clip;
+temporal attention (n heads) heads of f tokens. Pixels go to the axis of the heads because that is a view of the same memory and
+because CUDA's attention kernels take at most 65,535 batches, which b * n would pass at 64 images of 256 x 256.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from t2v.models.convolution import GroupNorm
+from t2v.models.timestep import sinusoid
+
+MAX_GRID = 65_535  # CUDA's limit for the second and third grid dimension, where attention kernels put batches and heads
+
+BACKENDS = ("sdpa", "xformers", "triton")
+
+
+def check_backend(backend: str, head_dim: int) -> None:
+    """Raise ValueError for a backend that does not exist or cannot run on this machine."""
+    if backend not in BACKENDS:
+        raise ValueError(f"attention_backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend != "sdpa":
+        raise ValueError(f"attention_backend={backend!r} is not available: use 'sdpa'")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for q (b m h d), k and v (b n h d), any strides -> (b m h d)."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Projections shared by the three kinds of attention; `to_out` is a list because the stored name is `to_out.0`."""
+
+    def __init__(self, width: int, heads: int, head_dim: int, context_width: int | None = None, backend: str = "sdpa"):
+        super().__init__()
+        inner = heads * head_dim
+        self.heads, self.head_dim, self.backend = heads, head_dim, backend
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_k = nn.Linear(context_width or width, inner, bias=False)
+        self.to_v = nn.Linear(context_width or width, inner, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(inner, width)])
+
+    def split(self, x: Tensor, *shape: int) -> Tensor:
+        return x.view(*shape, self.heads, self.head_dim)
+
+
+class SpatialAttention(Attention):
+    """Every pixel attends to the pixels of its own frame."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, f, n, _ = x.shape
+        q, k, v = (self.split(project(x), b * f, n) for project in (self.to_q, self.to_k, self.to_v))
+        return self.to_out[0](attend(q, k, v).reshape(b, f, n, -1))
+
+
+class TextAttention(Attention):
+    """Every pixel of every frame attends to the words of its clip; their keys and values are projected once per clip."""
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        b, f, n, _ = x.shape
+        q = self.split(self.to_q(x), b, f * n)
+        k, v = (self.split(project(text), b, text.shape[1]) for project in (self.to_k, self.to_v))
+        return self.to_out[0](attend(q, k, v).reshape(b, f, n, -1))
+
+
+class TemporalAttention(Attention):
+    """Every pixel attends to the same pixel of all frames.
+
+    `positions` "sinusoidal" adds a sinusoid of the frame's index to the input; None (as released) leaves the frames without order.
+    """
+
+    def __init__(self, width: int, heads: int, head_dim: int, backend: str = "sdpa", positions: str | None = None):
+        super().__init__(width, heads, head_dim, backend=backend)
+        self.positions = positions
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, f, n, d = x.shape
+        if self.positions is not None:
+            x = x + sinusoid(torch.arange(f, device=x.device), d).to(x.dtype)[:, None]
+        if f == 1:  # the softmax over one key is 1
+            y = self.to_out[0](self.to_v(x))
+            return y + self.untouched(x) if torch.is_grad_enabled() else y
+        q, k, v = (self.split(project(x), b, f, n) for project in (self.to_q, self.to_k, self.to_v))
+        return self.to_out[0](self.attend_over_frames(q, k, v).reshape(b, f, n, -1))
+
+    def attend_over_frames(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(b f n h d) each -> (b f n h d)."""
+        step = MAX_GRID // self.heads
+        parts = [
+            attend(*(t.flatten(2, 3) for t in part)) for part in zip(q.split(step, 2), k.split(step, 2), v.split(step, 2))
+        ]  # (b f (n h) d)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def untouched(self, x: Tensor) -> Tensor:
+        """An exact zero through the projections of queries and keys, which one frame does not need: their gradients are 0, not None."""
+        token = x[:1, :, :1]
+        return 0.0 * (self.to_q(token).sum() + self.to_k(token).sum())
+
+
+class FeedForward(nn.Module):
+    """GEGLU, four times as wide inside: (... d) -> (... d)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, width: int, width_out: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero: the output of a temporal attention (section 4.1.2)."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class SpatialTransformerLayer(nn.Module):
+    def __init__(self, width: int, heads: int, head_dim: int, text_width: int, backend: str):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = SpatialAttention(width, heads, head_dim, backend=backend)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = TextAttention(width, heads, head_dim, context_width=text_width, backend=backend)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), text)
+        return x + self.ff(self.norm3(x))
+
+
+class TemporalTransformerLayer(nn.Module):
+    def __init__(self, width: int, heads: int, head_dim: int, num_attentions: int, backend: str, positions: str | None):
+        super().__init__()
+        self.num_attentions = num_attentions
+        for i in range(1, num_attentions + 1):  # norm3 is the feed-forward's in the released model, so a third attention's is norm4
+            self.add_module(f"norm{i if i < 3 else i + 1}", nn.LayerNorm(width))
+            self.add_module(f"attn{i}", TemporalAttention(width, heads, head_dim, backend=backend, positions=positions))
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(1, self.num_attentions + 1):
+            norm, attention = getattr(self, f"norm{i if i < 3 else i + 1}"), getattr(self, f"attn{i}")
+            x = x + attention(norm(x))
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """The N_3 = 2 spatial attentions of Figure 3, one to the frame and one to the text: (b f h w c), (b n d) -> (b f h w c)."""
+
+    def __init__(self, channels: int, heads: int, head_dim: int, text_width: int, groups: int, backend: str):
+        super().__init__()
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, heads * head_dim)
+        self.transformer_blocks = nn.ModuleList([SpatialTransformerLayer(heads * head_dim, heads, head_dim, text_width, backend)])
+        self.proj_out = nn.Linear(heads * head_dim, channels)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        tokens = self.proj_in(self.norm(x)).flatten(2, 3)  # (b f (h w) d)
+        for layer in self.transformer_blocks:
+            tokens = layer(tokens, text)
+        return x + self.proj_out(tokens).view(x.shape)
+
+
+class TemporalTransformer(nn.Module):
+    """The N_4 = 2 temporal attentions of Figure 3, on a residual branch that starts at zero: (b f h w c) -> (b f h w c)."""
+
+    def __init__(self, channels: int, heads: int, head_dim: int, groups: int, num_attentions: int, backend: str, positions: str | None):
+        super().__init__()
+        self.norm = GroupNorm(groups, channels, eps=1e-6, over_frames=True)
+        self.proj_in = nn.Linear(channels, heads * head_dim)
+        self.transformer_blocks = nn.ModuleList(
+            [TemporalTransformerLayer(heads * head_dim, heads, head_dim, num_attentions, backend, positions)]
+        )
+        self.proj_out = ZeroLinear(heads * head_dim, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.proj_in(self.norm(x)).flatten(2, 3)  # (b f (h w) d)
+        for layer in self.transformer_blocks:
+            tokens = layer(tokens)
+        return x + self.proj_out(tokens).view(x.shape)

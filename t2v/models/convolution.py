@@ -1,0 +1,140 @@
+"""Spatial and temporal convolutions of the spatio-temporal block (section 3.2, Figure 4a), on channels-last tokens (b f h w c).
+
+Stored weights keep the shapes of diffusers' modules. Only the layout of the activations differs: with the channels last, a spatial
+convolution, a temporal convolution and a matrix product all read the same memory, and nothing is transposed between them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation of tokens (b f h w c). Statistics are taken per frame, or over all frames of a clip where `over_frames`."""
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, over_frames: bool = False):
+        super().__init__(num_groups, num_channels, eps=eps)
+        self.over_frames = over_frames
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, f, h, w, c = x.shape
+        # A 4-d view whose strides torch recognises as channels-last; with any other, its CPU kernel copies and is several times slower.
+        y = x.reshape(b, f, h * w, c) if self.over_frames else x.reshape(b * f, h, w, c)
+        y = F.group_norm(y.permute(0, 3, 1, 2), self.num_groups, self.weight, self.bias, self.eps)
+        return y.permute(0, 2, 3, 1).reshape(b, f, h, w, c)
+
+
+class SpatialConv(nn.Conv2d):
+    """A 2-d convolution of every frame: (b f h w c) -> (b f h' w' o)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, f, h, w, c = x.shape
+        y = self._conv_forward(x.reshape(b * f, h, w, c).permute(0, 3, 1, 2), self.weight, self.bias)
+        return y.permute(0, 2, 3, 1).unflatten(0, (b, f))
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1 x 1 convolution, (b f h w c) -> (b f h w o): its (o c 1 1) weight is used as a matrix."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class TemporalConv(nn.Conv3d):
+    """A convolution of three taps along the frames, zero beyond the clip's ends: (b f h w c) -> (b f h w c).
+
+    The (o c 3 1 1) weight of a Conv3d is viewed as a (3, 1) kernel over the image (frames, pixels).
+    For one frame it is its centre tap, a matrix; the outer taps then get the zero gradients that the zero padding would give them.
+    `zero`: weight and bias start at zero (section 4.1.2).
+    """
+
+    def __init__(self, channels: int, zero: bool = False):
+        self.zero = zero
+        super().__init__(channels, channels, kernel_size=(3, 1, 1), padding=(1, 0, 0))
+
+    def reset_parameters(self) -> None:
+        if self.zero:
+            nn.init.zeros_(self.weight)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+        else:
+            super().reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, f, h, w, c = x.shape
+        if f == 1:
+            return F.linear(x, self.weight[:, :, 1, 0, 0], self.bias)
+        y = F.conv2d(x.reshape(b, f, h * w, c).permute(0, 3, 1, 2), self.weight.squeeze(-1), self.bias, padding=(1, 0))
+        return y.permute(0, 2, 3, 1).reshape(b, f, h, w, c)
+
+
+class SpatialConvBlock(nn.Module):
+    """The N_1 = 2 spatial convolutions of Figure 3: the residual block of Stable Diffusion. (b f h w c) -> (b f h w o)."""
+
+    def __init__(self, channels: int, out_channels: int, time_width: int, groups: int, eps: float, dropout: float, scale: float = 1.0):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, channels, eps)
+        self.conv1 = SpatialConv(channels, out_channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_width, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = SpatialConv(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = PointwiseConv(channels, out_channels) if channels != out_channels else None
+        self.scale = scale
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """`time` (b d): the timestep's embedding after its SiLU, one per clip."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time_emb_proj(time)[:, None, None, None]  # (b 1 1 1 o)
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return x + h if self.scale == 1 else (x + h) / self.scale
+
+
+class TemporalConvBlock(nn.Module):
+    """The N_2 = 4 temporal convolutions of Figure 3 on a residual branch that starts at zero: (b f h w c) -> (b f h w c)."""
+
+    def __init__(self, channels: int, num_convs: int, groups: int, dropout: float):
+        super().__init__()
+        for i in range(1, num_convs + 1):  # conv1, conv2, ...: diffusers' names and positions; its first has no dropout
+            layers = [GroupNorm(groups, channels, over_frames=True), nn.SiLU()]
+            layers += [nn.Dropout(dropout)] if i > 1 else []
+            self.add_module(f"conv{i}", nn.Sequential(*layers, TemporalConv(channels, zero=i == num_convs)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x
+        for conv in self.children():
+            h = conv(h)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """Halves height and width (rounding up) by a strided convolution: (b f h w c) -> (b f h/2 w/2 c)."""
+
+    def __init__(self, channels: int, padding: int):
+        super().__init__()
+        self.conv = SpatialConv(channels, channels, 3, stride=2, padding=padding)
+        self.pad_after = padding == 0  # diffusers then pads one row and one column at the end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 0, 0, 1, 0, 1)) if self.pad_after else x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repetition, cut to the size of the skip that follows, then convolves: (b f h w c) -> (b f h' w' c)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = SpatialConv(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        b, f, h, w, c = x.shape
+        x = x.view(b, f, h, 1, w, 1, c).expand(b, f, h, 2, w, 2, c).reshape(b, f, 2 * h, 2 * w, c)
+        if size != (2 * h, 2 * w):
+            x = x[:, :, : size[0], : size[1]]
+        return self.conv(x)
