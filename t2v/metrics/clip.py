@@ -53,7 +53,7 @@ def preprocess(frames: Tensor, size: int = 224) -> Tensor:
 
 
 def load(name: str, path: Path) -> Clip:
-    """A model of `MODELS` in float32 from OpenAI's own file (TorchScript: to be trusted by its hash first), or a safetensors or weights-only
+    """A model of `MODELS` in float32 from OpenAI's own file (TorchScript: trusted by its hash first), or a safetensors or weights-only
     state dict in open_clip's names."""
     import open_clip
     from safetensors.torch import load_file

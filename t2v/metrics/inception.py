@@ -1,7 +1,7 @@
 """InceptionV3 as the FID uses it (Heusel et al. 2017): TensorFlow's 2015-12-05 network, 2,048 pooled features.
 
-torchvision has the blocks; three of TensorFlow's habits are not in them: its average pooling leaves padding out of the count, the last block
-pools by maximum, and there are 1,008 classes. The state dict is the one that pytorch-fid and torch-fidelity publish.
+torchvision has the blocks; three habits of TensorFlow's are not in them: its average pooling leaves padding out of the count, the last
+block pools by maximum, and there are 1,008 classes. The state dict is the one that pytorch-fid and torch-fidelity publish.
 """
 
 from __future__ import annotations

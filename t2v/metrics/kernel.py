@@ -6,13 +6,15 @@ Where several rows (frames) belong to one video, pairs within a video are left o
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from t2v.metrics.frechet import FeatureError, checked
 
 BLOCK = 4096
-"""Rows per block of the estimate. Blocks are disjoint and whole videos, their mean is unbiased, and memory stays at three 4096 x 4096 tables."""
+"""Rows per block of the estimate. Blocks are disjoint, of whole videos, and their mean is unbiased; memory stays at one such table."""
 
 
 def kernel_distance(real: Tensor, fake: Tensor, frames: int = 1, block: int = BLOCK) -> float:
@@ -40,7 +42,7 @@ def kernel_distance(real: Tensor, fake: Tensor, frames: int = 1, block: int = BL
 def _split(features: Tensor, frames: int, blocks: int) -> list[Tensor]:
     videos = features.shape[0] // frames
     edges = [frames * (videos * i // blocks) for i in range(blocks + 1)]
-    return [features[a:b] for a, b in zip(edges, edges[1:])]
+    return [features[a:b] for a, b in pairwise(edges)]
 
 
 def _one_block(real: Tensor, fake: Tensor, frames: int) -> float:

@@ -1,0 +1,95 @@
+"""The wrappers: duplicates, gaps, and one rank equal to three bit by bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from t2v.metrics.frechet import FeatureError, moments
+from t2v.metrics.gathered import ClipSimMetric, FrechetMetric, chunks, deduplicated
+
+TOTAL, SIZE, WIDTH = 23, 4, 12  # 6 chunks, the last of 3 rows; 3 ranks do not divide 23
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv3d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool3d(1), torch.nn.Flatten(), torch.nn.Linear(8, WIDTH)
+    )
+
+
+def videos(rows: range) -> Tensor:
+    return torch.stack([torch.randn(3, 6, 12, 12, generator=torch.Generator().manual_seed(row)) for row in rows])
+
+
+def measure(rank: int, world: int, pad: bool = False) -> Tensor:
+    """(Frechet, CLIPSIM) of features computed chunk by chunk; `pad` repeats the first chunk, as a padded sampler would."""
+    reference = moments(torch.randn(50, WIDTH, generator=torch.Generator().manual_seed(7)))
+    frechet = FrechetMetric(reference, expected=range(TOTAL))
+    similarity = ClipSimMetric(frames=2, width=4, expected=range(TOTAL))
+    features = network()
+    with torch.no_grad():
+        for rows in [*chunks(TOTAL, SIZE, rank, world), *([range(SIZE)] if pad else [])]:
+            x = features(videos(rows))
+            frechet.update(x, list(rows))
+            similarity.update(x.view(-1, 3, 4), list(rows))
+    return torch.stack([frechet.compute(), similarity.compute()])
+
+
+def on_rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+    torch.save(measure(rank, world, pad=rank == 1), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_one_rank_equals_three_bit_by_bit(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    alone = measure(0, 1)
+    torch.set_num_threads(threads)
+    mp.spawn(on_rank, (3, str(tmp_path)), nprocs=3)
+    for rank in range(3):
+        assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), alone), rank
+
+
+def test_chunks_are_the_same_rows_on_any_number_of_ranks() -> None:
+    alone = list(chunks(TOTAL, SIZE))
+    assert [len(rows) for rows in alone] == [4, 4, 4, 4, 4, 3]
+    for world in (2, 3, 5, 9):
+        spread = [rows for rank in range(world) for rows in chunks(TOTAL, SIZE, rank, world)]
+        assert sorted(spread, key=lambda rows: rows.start) == alone
+
+
+def test_order_and_duplicates_do_not_matter() -> None:
+    index, features = torch.tensor([2, 0, 1, 0]), torch.tensor([[2.0], [0.0], [1.0], [9.0]])
+    names, rows = deduplicated(index, features, range(3))
+    assert names.tolist() == [0, 1, 2]
+    assert rows.flatten().tolist() == [0.0, 1.0, 2.0]  # of a duplicate the first stays
+
+
+def test_gaps_and_foreign_rows_are_errors() -> None:
+    with pytest.raises(FeatureError, match=r"2 missing \[1, 3\], 1 not in the manifest \[8\]"):
+        deduplicated(torch.tensor([0, 2, 8]), torch.zeros(3, 1), range(4))
+    metric = FrechetMetric(moments(torch.randn(9, 3)), expected=range(5))
+    metric.update(torch.randn(4, 3), range(4))
+    with pytest.raises(FeatureError, match=r"1 missing \[4\]"):
+        metric.compute()
+    with pytest.raises(FeatureError, match=r"\(3,\)"):
+        metric.update(torch.randn(4, 2), range(4))
+
+
+def test_frames_count_as_rows_of_their_video() -> None:
+    frames = torch.randn(6, 4, 3)
+    reference = moments(torch.randn(50, 3))
+    metric = FrechetMetric(reference, frames=4)
+    metric.update(frames[3:], range(3, 6))
+    metric.update(frames[:3], range(3))
+    from t2v.metrics.frechet import frechet_distance
+
+    assert float(metric.compute()) == frechet_distance(reference, moments(frames.flatten(0, 1)))
