@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import signal
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,18 +113,21 @@ class ClipLoader:
         if self.num_workers == 0:
             yield from hosting
             return
-        loader = DataLoader(
-            hosting,
-            batch_size=None,
-            num_workers=self.num_workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_start_worker,
-            prefetch_factor=self.prefetch,
-            timeout=self.timeout,
-            multiprocessing_context=self.context,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
+            loader = DataLoader(
+                hosting,
+                batch_size=None,
+                num_workers=self.num_workers,
+                collate_fn=_as_it_is,
+                worker_init_fn=_start_worker,
+                prefetch_factor=self.prefetch,
+                timeout=self.timeout,
+                multiprocessing_context=self.context,
+            )
+            items = iter(loader)
         try:
-            yield from loader
+            yield from items
         except RuntimeError as error:
             if "timed out" not in str(error):
                 raise
