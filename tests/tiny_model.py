@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor
 
-from t2v.checkpoint import ModelCard, Part
+from t2v.checkpoint import ModelCard, Part, card
+from t2v.models.frozen import Frozen
 from t2v.models.unet import VideoUNet
 
 UNET: dict[str, Any] = {
@@ -35,7 +37,10 @@ def tiny_unet(seed: int = 0, **changes: Any) -> VideoUNet:
 
 
 class TinyAutoencoder:
+    """The first three latent channels, blown up."""
+
     factor, channels = 8, 4
+    config: ClassVar = {"source": "package:shapes_autoencoder"}
 
     @classmethod
     def from_pretrained(cls, source: str) -> TinyAutoencoder:
@@ -44,14 +49,25 @@ class TinyAutoencoder:
     def sha256(self) -> str:
         return hashlib.sha256(b"tiny autoencoder").hexdigest()
 
+    def to(self, device: Any = None, dtype: Any = None) -> TinyAutoencoder:
+        return self
+
     def decode(self, latents: Tensor) -> Tensor:
         pixels = (latents[:, :3].float().tanh() * 127.5 + 127.5).round().byte()  # (b 3 f h w)
         return pixels.repeat_interleave(8, 3).repeat_interleave(8, 4).permute(0, 2, 3, 4, 1)
 
 
 class TinyTextEncoder:
+    """Each prompt's hash, as numbers; a token is a word."""
+
+    kind = "TextEncoder.random"
+
     def __init__(self, seed: int = 0, width: int = 32) -> None:
         self.seed, self.width = seed, width
+        self.config = {"seed": seed, "width": width}
+
+    def to(self, device: Any = None, dtype: Any = None) -> TinyTextEncoder:
+        return self
 
     @classmethod
     def random(cls, seed: int = 0, width: int = 32) -> TinyTextEncoder:
@@ -79,3 +95,13 @@ def tiny_card(**changes: Any) -> ModelCard:
         "step": 7,
     }
     return ModelCard(**{**values, **changes})
+
+
+def tiny_frozen() -> Frozen:
+    return Frozen(TinyAutoencoder(), TinyTextEncoder())  # type: ignore[arg-type]
+
+
+def read_tiny_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let checkpoints name the tiny parts as they name the real ones."""
+    monkeypatch.setitem(card.AUTOENCODERS, "Autoencoder", lambda: TinyAutoencoder.from_pretrained)
+    monkeypatch.setitem(card.TEXT_ENCODERS, "TextEncoder.random", lambda: TinyTextEncoder.random)

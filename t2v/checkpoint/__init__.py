@@ -23,7 +23,7 @@ from t2v.checkpoint.folder import (
     write,
     write_error,
 )
-from t2v.checkpoint.model import build_unet, compare, load_weights, read_card, read_model, save_weights
+from t2v.checkpoint.model import build_unet, compare, describe, load_weights, read_card, read_model, save_weights
 
 __all__ = [
     "CARD",
@@ -42,6 +42,7 @@ __all__ = [
     "check",
     "commit",
     "compare",
+    "describe",
     "find",
     "is_complete",
     "latest",

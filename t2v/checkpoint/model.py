@@ -11,10 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from t2v.checkpoint.card import AUTOENCODERS, PLACES, TEXT_ENCODERS, UNETS, CardError, ModelCard, Part, build
+from t2v.checkpoint.card import AUTOENCODERS, PLACES, RUNTIME, TEXT_ENCODERS, UNETS, CardError, ModelCard, Part, build
 from t2v.checkpoint.folder import CARD, EMA, UNET, CheckpointError, find
 
 if TYPE_CHECKING:
+    from t2v.diffusion.sampling import Sampler
     from t2v.models.frozen import Frozen
 
 
@@ -23,6 +24,30 @@ def save_weights(network: nn.Module | Mapping[str, Tensor], path: Path, dtype: t
     state = network.state_dict() if isinstance(network, nn.Module) else network
     cast = {name: value.to("cpu", dtype if value.is_floating_point() else None).contiguous() for name, value in state.items()}
     save_file(cast, path, metadata={"format": "pt"})
+
+
+def describe(
+    unet: nn.Module,
+    frozen: Frozen,
+    sampler: Sampler,
+    *,
+    sample: Mapping[str, int | float],
+    step: int,
+    notes: Mapping[str, Any] | None = None,
+) -> ModelCard:
+    """The card of a model as it stands. `sample`: frames, height, width and fps of what it makes by default."""
+    name = next(base.__name__ for base in type(unet).__mro__ if base.__name__ in UNETS)  # a sharded network has a class of its own
+    arguments = {key: value for key, value in unet.config.items() if key not in RUNTIME}  # type: ignore[operator, union-attr]
+    return ModelCard(
+        unet=Part(name, arguments),
+        autoencoder=Part("Autoencoder", dict(frozen.autoencoder.config), frozen.autoencoder.sha256()),
+        text_encoder=Part(frozen.text_encoder.kind, dict(frozen.text_encoder.config), frozen.text_encoder.sha256()),
+        schedule=sampler.schedule.config,
+        sampler=sampler.config,
+        sample=dict(sample),
+        step=step,
+        notes=dict(notes or {}),
+    )
 
 
 def read_card(folder: Path | str) -> ModelCard:

@@ -1,10 +1,7 @@
 import pytest
-from tiny_model import TinyAutoencoder, TinyTextEncoder
-
-from t2v.checkpoint import card
+from tiny_model import read_tiny_parts
 
 
 @pytest.fixture(autouse=True)
 def tiny_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(card.AUTOENCODERS, "Autoencoder", lambda: TinyAutoencoder.from_pretrained)
-    monkeypatch.setitem(card.TEXT_ENCODERS, "TextEncoder.random", lambda: TinyTextEncoder.random)
+    read_tiny_parts(monkeypatch)

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_model import TinyAutoencoder, TinyTextEncoder, tiny_card, tiny_unet
+from tiny_model import UNET, TinyAutoencoder, TinyTextEncoder, tiny_card, tiny_frozen, tiny_unet
 
 from t2v import checkpoint
 from t2v.checkpoint import CheckpointError, Part
+from t2v.diffusion.guidance import ClassifierFreeGuidance
+from t2v.diffusion.sampling import Sampler
+from t2v.models.unet import VideoUNet
 
 
 @pytest.fixture
@@ -169,3 +172,19 @@ def test_weights_into_an_existing_network(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         checkpoint.load_weights(network, tmp_path / "nowhere")
     assert Part("VideoUNet", {}).to_dict() == {"class": "VideoUNet", "arguments": {}}
+
+
+def test_a_model_describes_itself() -> None:
+    sampler = Sampler("ddim", 3, ClassifierFreeGuidance(2.0))
+    card = checkpoint.describe(tiny_unet(gradient_checkpointing="all"), tiny_frozen(), sampler, sample=tiny_card().sample, step=7)
+    assert checkpoint.ModelCard.from_dict(json.loads(card.to_json())) == card
+    assert {key: card.unet.arguments[key] for key in UNET} == UNET
+    assert not {"attention_backend", "gradient_checkpointing"} & card.unet.arguments.keys()
+    assert (card.autoencoder, card.text_encoder) == (tiny_card().autoencoder, tiny_card().text_encoder)
+    assert (card.schedule, card.sampler) == (tiny_card().schedule, tiny_card().sampler)
+
+    class ShardedVideoUNet(VideoUNet):
+        pass
+
+    sharded = checkpoint.describe(ShardedVideoUNet(**UNET), tiny_frozen(), sampler, sample=tiny_card().sample, step=7)
+    assert sharded.unet.name == "VideoUNet"
