@@ -20,7 +20,17 @@ from hydra.errors import ConfigCompositionException, HydraException, Instantiati
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-IGNORED_IN_RUN_NAMES = ("resume", "run", "paths.", "paths/", "trainer.devices", "trainer.num_nodes", "trainer.accelerator", "hydra.", "hydra/")
+IGNORED_IN_RUN_NAMES = (
+    "resume",
+    "run",
+    "paths.",
+    "paths/",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "hydra.",
+    "hydra/",
+)
 """Overrides that say where and how a run happens, not which run it is."""
 
 
@@ -49,7 +59,15 @@ def _run_name_of_this_job() -> str:
     return run_name(list(HydraConfig.get().overrides.task)) if HydraConfig.initialized() else "unnamed"
 
 
+def _precision_of_this_machine() -> str:
+    """bf16 autocast where a GPU has bf16; float32 on the CPU."""
+    import torch
+
+    return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+
+
 OmegaConf.register_new_resolver("run_name", _run_name_of_this_job, replace=True)
+OmegaConf.register_new_resolver("precision", _precision_of_this_machine, replace=True, use_cache=True)
 
 
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -75,6 +93,9 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
 
         @functools.wraps(main)
         def run() -> None:
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                print(_help(main, config_name))
+                return
             os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach this function instead of Hydra's own report
             try:
                 hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(task)()
@@ -88,6 +109,14 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
     return decorate
 
 
+def _help(main: Callable[[DictConfig], Any], config_name: str) -> str:
+    """What the entry point's module says of itself, and every group with its options. Needs no composed configuration."""
+    lines = [str(sys.modules[main.__module__].__doc__).strip(), "", f"Options of conf/{config_name}.yaml: NAME=VALUE, or a group's choice:"]
+    for group in sorted(path for path in config_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml"))):
+        lines.append(f"  {group.name}={'|'.join(sorted(path.stem for path in group.glob('*.yaml')))}")
+    return "\n".join([*lines, "--cfg job prints the composed configuration; --hydra-help says what Hydra itself can do."])
+
+
 def _exit_with(error: BaseException) -> None:
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
@@ -98,7 +127,7 @@ def _exit_with(error: BaseException) -> None:
         sys.exit(130)
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ is not None else error
     messages = [" ".join(str(part).strip().splitlines()) for part in dict.fromkeys((str(error), str(cause))) if str(part).strip()]
-    message = re.sub(r"\s+", " ", ". ".join(messages))
+    message = re.sub(r"\s+", " ", re.sub(r"Config search path:.*", "", ". ".join(messages)))
     print(f"error: {message}{_near_matches(message)}", file=sys.stderr)
     sys.exit(1)
 
@@ -124,7 +153,9 @@ def _known_keys(typed: str) -> Iterator[str]:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    overrides = [arg for arg in sys.argv[1:] if "=" in arg and not arg.startswith("-") and not arg.lstrip("+~").startswith((typed, "hydra"))]
+    overrides = [
+        arg for arg in sys.argv[1:] if "=" in arg and not arg.startswith("-") and not arg.lstrip("+~").startswith((typed, "hydra"))
+    ]
     GlobalHydra.instance().clear()
     name = Path(sys.argv[0]).stem.removeprefix("t2v-")
     if not (config_dir() / f"{name}.yaml").is_file():

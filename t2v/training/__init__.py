@@ -1,0 +1,1 @@
+"""Where Lightning lives: modules, data modules, callbacks and the run around them."""

@@ -1,0 +1,1 @@
+"""What happens around the steps: checkpoints and signals, TensorBoard, sample videos, the console, scores."""

@@ -1,0 +1,59 @@
+"""Sample videos for fixed prompts during training: mp4 files, an animated contact sheet, and moving pictures in TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, Trainer
+from torch import Tensor
+
+from t2v.diffusion.sampling import Sampler
+from t2v.training.tensorboard import add_video
+from t2v.video import contact_sheet, write_animation, write_mp4
+
+
+class SampleVideos(Callback):
+    """Every `every_n_steps` optimizer steps and at the end, with the EMA weights and always the same noise per prompt.
+
+    Rank 0 samples while the others wait at the next collective; nothing is swapped, so training is not disturbed.
+    """
+
+    def __init__(
+        self, prompts: list[str], every_n_steps: int = 1000, sampler: Sampler | None = None, num_frames: int | None = None, seed: int = 0
+    ) -> None:
+        if not prompts:
+            raise ValueError(
+                "callbacks.samples.prompts is empty: give at least one prompt, or leave the callback out with ~callbacks.samples"
+            )
+        self.prompts = list(prompts)
+        self.every_n_steps = every_n_steps
+        self.sampler = sampler
+        self.num_frames = num_frames
+        self.seed = seed
+        self.sampled_step = -1
+
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        self.sampled_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step != self.sampled_step and (step % self.every_n_steps == 0 or step >= trainer.max_steps):
+            self.sampled_step = step
+            if trainer.is_global_zero:
+                self.sample(trainer, module)
+
+    def sample(self, trainer: Trainer, module: Any) -> None:
+        frames = {} if self.num_frames is None else {"num_frames": self.num_frames}
+        with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
+            videos: Tensor = module.pipeline(self.sampler)(self.prompts, seed=self.seed, **frames)  # (b f h w c)
+        fps = module.sample["fps"]
+        folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:08}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, video in enumerate(videos):
+            write_mp4(folder / f"{number:02}.mp4", video, fps)
+        sheet = contact_sheet(list(videos), self.prompts)
+        write_animation(folder / "contact_sheet.gif", sheet, fps)
+        (folder / "prompts.txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
+        add_video(trainer, "samples", sheet, fps)

@@ -1,0 +1,137 @@
+"""Scalars of the training for TensorBoard: losses, rates, speed, memory, skipped samples. Equal collectives on every rank."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from t2v.batch import ClipBatch
+
+QUANTILES = 4
+
+
+class TrainingLog(Callback):
+    """Every `every_n_steps` optimizer steps: loss of images and of videos, loss by quarter of the timesteps, learning rate, gradient norm,
+    update-to-weight ratio, clips/s and images/s, share of the time spent waiting for data, peak memory, skipped samples by reason."""
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"callbacks.training_log.every_n_steps is {every_n_steps}: it must be at least 1")
+        self.every_n_steps = every_n_steps
+        self.bad: Counter[tuple[str, str]] = Counter()
+        self.seen: Counter[str] = Counter()
+        self.waited = 0.0
+        self.since = self.batch_ended = time.perf_counter()
+        self.logged_step = 0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.since = self.batch_ended = time.perf_counter()
+        self.logged_step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: dict[str, ClipBatch], batch_idx: int) -> None:
+        self.waited += time.perf_counter() - self.batch_ended
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: dict[str, ClipBatch], batch_idx: int) -> None:
+        for stream, clips in batch.items():
+            self.seen[stream] += len(clips)
+            self.bad.update(clips.bad)
+            if clips.bad_examples:
+                self._write_examples(trainer, clips.bad_examples)
+        step = trainer.global_step
+        if step > self.logged_step and step % self.every_n_steps == 0:
+            self.logged_step = step
+            self._log(trainer, module, step)
+        self.batch_ended = time.perf_counter()
+
+    def _log(self, trainer: Trainer, module: Any, step: int) -> None:
+        now = time.perf_counter()
+        scalars = _mean_losses(module.losses, module.objective.schedule.num_timesteps, module.device)
+        module.losses.clear()
+        seen = torch.tensor([float(self.seen["image"]), float(self.seen["video"])], device=module.device)
+        if _distributed():
+            dist.all_reduce(seen)
+        for group in trainer.optimizers[0].param_groups:
+            scalars[f"optimizer/lr_{group['name']}"] = group["lr"]
+            scalars[f"optimizer/update_to_weight_{group['name']}"] = update_to_weight(trainer.optimizers[0], group)
+        if module.gradient_norm is not None:
+            scalars["optimizer/gradient_norm"] = float(module.gradient_norm)
+        scalars["speed/images_per_second"], scalars["speed/clips_per_second"] = (seen / (now - self.since)).tolist()
+        scalars["speed/data_wait"] = self.waited / (now - self.since)
+        scalars["memory/peak_gb"] = peak_memory_gb(module.device)
+        for (source, reason), count in self.bad.items():
+            scalars[f"skipped/{source}/{reason}"] = count
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(scalars, step)
+        trainer.callback_metrics.update(
+            {name: torch.tensor(value) for name, value in scalars.items() if name.startswith(("loss", "speed"))}
+        )
+        self.since, self.waited = now, 0.0
+        self.seen.clear()
+
+    def _write_examples(self, trainer: Trainer, examples: list[dict[str, str]]) -> None:
+        path = Path(trainer.default_root_dir) / f"bad_samples_rank{trainer.global_rank}.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"bad": [[source, reason, count] for (source, reason), count in self.bad.items()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.bad = Counter({(source, reason): count for source, reason, count in state_dict["bad"]})
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _mean_losses(losses: list[tuple[str, Tensor, Tensor]], num_timesteps: int, device: torch.device) -> dict[str, float]:
+    """Means over all samples of all ranks since the last log. Sums and counts travel, so that uneven shares weigh by count."""
+    names = [f"loss/{stream}" for stream in ("image", "video")]
+    names += [f"loss_by_timestep/{stream}_q{q}" for stream in ("image", "video") for q in range(QUANTILES)]
+    table = torch.zeros(len(names), 2, dtype=torch.float64)
+    for stream, timesteps, values in losses:
+        s = ("image", "video").index(stream)
+        values = values.double().cpu()
+        table[s] += torch.tensor([values.sum(), len(values)])
+        rows = 2 + s * QUANTILES + (timesteps.cpu() * QUANTILES // num_timesteps)
+        table[:, 0].index_add_(0, rows, values)
+        table[:, 1].index_add_(0, rows, torch.ones_like(values))
+    if _distributed():
+        on_device = table.float().to(device)
+        dist.all_reduce(on_device)
+        table = on_device.double().cpu()
+    return {name: float(total / count) for name, (total, count) in zip(names, table, strict=True) if count > 0}
+
+
+@torch.no_grad()
+def update_to_weight(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    """|last update| / |weights| of a parameter group, from Adam's moments; about 1e-3 is healthy, 0 means that nothing is learned."""
+    with_state = [p for p in group["params"] if "exp_avg" in optimizer.state.get(p, {})]
+    if not with_state:
+        return 0.0
+    beta1, beta2 = group["betas"]
+    step = float(optimizer.state[with_state[0]]["step"])
+    squares = torch.zeros(2, device=with_state[0].device)
+    for parameter in with_state:
+        state = optimizer.state[parameter]
+        direction = state["exp_avg"] / (1 - beta1**step) / ((state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + group["eps"])
+        squares += torch.stack([(direction + group["weight_decay"] * parameter).square().sum(), parameter.square().sum()])
+    update, weight = squares.tolist()
+    return group["lr"] * (update / weight) ** 0.5 if weight else 0.0
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

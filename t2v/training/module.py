@@ -1,0 +1,177 @@
+"""The training of ModelScopeT2V (sections 3.1 and 4.1): encode, add noise, predict it, Eq. 5, AdamW, EMA."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from t2v.batch import ClipBatch, LatentBatch
+from t2v.checkpoint.card import RUNTIME, ModelCard, Part
+from t2v.diffusion.objective import NoisePrediction
+from t2v.diffusion.randomness import integers, normal, seed_of, uniform
+from t2v.diffusion.sampling import Sampler
+from t2v.models.autoencoder import Autoencoder
+from t2v.models.frozen import Frozen
+from t2v.models.text_encoder import TextEncoder
+from t2v.pipeline import TextToVideoPipeline
+from t2v.training.ema import EMA
+from t2v.training.mixture import StepPlan
+from t2v.training.nan_watch import NonFiniteError, first_bad_gradient, first_bad_layer, gradient_norm
+
+TEMPORAL_MODULES = ("temp_convs", "temp_attentions", "transformer_in")
+
+
+class TextToVideoModule(LightningModule):
+    """Bundles the frozen VQGAN and text encoder with the 3D UNet and its EMA.
+
+    Timestep, noise, posterior sample and caption dropout are keyed by (seed, optimizer step, stream, global sample index): they do not
+    depend on the number of ranks, workers or micro-batches. Dropout inside the network is reseeded for each micro-batch by
+    (seed, optimizer step, micro-batch, rank), so that a resumed run needs no saved generator.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        autoencoder: Autoencoder,
+        text_encoder: TextEncoder,
+        objective: NoisePrediction,
+        sampler: Sampler,
+        optimizer: Callable[[Iterable[Any]], Optimizer],
+        lr_schedule: Callable[[int], float],
+        ema: EMA,
+        sample: dict[str, int],
+        init: Callable[[nn.Module], None] | None = None,
+        caption_dropout: float = 0.1,
+        temporal_lr_factor: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= caption_dropout < 1:
+            raise ValueError(f"module.caption_dropout is {caption_dropout}: it is a share of the captions, in [0, 1)")
+        if init is not None:
+            init(unet)
+        self.unet = unet
+        self.ema_unet = copy.deepcopy(unet).eval().requires_grad_(False)
+        self.frozen = Frozen(autoencoder, text_encoder)  # outside the module tree: never trained, wrapped or saved
+        self.objective = objective
+        self.sampler = sampler
+        self.make_optimizer = optimizer
+        self.lr_schedule = lr_schedule
+        self.ema = ema
+        self.sample = dict(sample)  # frames, height, width, fps of what this model makes by default
+        self.caption_dropout = caption_dropout
+        self.temporal_lr_factor = temporal_lr_factor
+        self.seed = seed
+        self.losses: list[tuple[str, Tensor, Tensor]] = []  # (stream, timesteps, losses) since the log last took them
+        self.gradient_norm: Tensor | None = None  # of the last optimizer step, before clipping
+        self._last_keys: list[str] = []  # samples of the optimizer step under way
+        self._updated_step = 0
+
+    # -- set-up ---------------------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        self.frozen.to(self.device)
+
+    def configure_optimizers(self) -> Any:
+        temporal = {name: any(part in name for part in TEMPORAL_MODULES) for name, _ in self.unet.named_parameters()}
+        base = self.make_optimizer([{"params": []}]).defaults["lr"] if self.temporal_lr_factor != 1 else None
+        groups: list[dict[str, Any]] = [
+            {"name": "spatial", "params": [p for n, p in self.unet.named_parameters() if not temporal[n]]},
+            {"name": "temporal", "params": [p for n, p in self.unet.named_parameters() if temporal[n]]},
+        ]
+        if base is not None:
+            groups[1]["lr"] = base * self.temporal_lr_factor
+        optimizer = self.make_optimizer([group for group in groups if group["params"]])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.lr_schedule), "interval": "step"}}
+
+    @property
+    def plan(self) -> StepPlan:
+        return self.trainer.datamodule.plan(self.trainer.world_size)  # type: ignore[attr-defined]
+
+    # -- one step -------------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, stream: str, clips: ClipBatch) -> LatentBatch:
+        """Eq. 1 and Eq. 3. Frames -> moments (slow; may be done offline) -> latents (a sample of the posterior), captions -> text."""
+        autoencoder, text_encoder = self.frozen.autoencoder, self.frozen.text_encoder
+        moments = autoencoder.moments(clips.frames)  # (b f h w 2c)
+        b, f, h, w, c = moments.shape
+        noise = normal(self._keys("posterior", stream, clips), (c // 2, f, h, w)).to(moments.device)
+        dropped = uniform(self._keys("caption", stream, clips)) < self.caption_dropout
+        captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), clips.captions, strict=True)]
+        return LatentBatch(autoencoder.sample(moments, noise), text_encoder.encode(captions), clips.indices)
+
+    def training_step(self, batch: dict[str, ClipBatch], batch_idx: int) -> Tensor:
+        plan = self.plan
+        torch.manual_seed(seed_of(self.seed, "dropout", self.global_step, batch_idx % plan.accumulate, self.global_rank))
+        loss = torch.zeros((), device=self.device)
+        if batch_idx % plan.accumulate == 0:
+            self._last_keys = []
+        for stream, clips in batch.items():
+            if len(clips) == 0:
+                continue
+            encoded = self.encode(stream, clips)
+            timestep = integers(self._keys("timestep", stream, clips), self.objective.schedule.num_timesteps).to(self.device)
+            noise = normal(self._keys("noise", stream, clips), encoded.latents.shape[1:]).to(self.device)
+            losses = self.objective(self.unet, encoded.latents, encoded.text, timestep, noise)  # (b,)
+            if not torch.isfinite(losses).all():
+                layer = first_bad_layer(self.unet, lambda: self.objective(self.unet, encoded.latents, encoded.text, timestep, noise))  # noqa: B023
+                keys = [key for key, fine in zip(clips.keys, torch.isfinite(losses).tolist(), strict=True) if not fine]
+                raise NonFiniteError(f"step {self.global_step}: the loss of {stream} {', '.join(keys)} is not finite; first in {layer}")
+            self.losses.append((stream, timestep, losses.detach()))
+            self._last_keys += clips.keys
+            loss = loss + plan.scale(stream) * losses.sum()
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.gradient_norm = gradient_norm(self.unet)
+        if not torch.isfinite(self.gradient_norm):
+            where = first_bad_gradient(self.unet)
+            raise NonFiniteError(
+                f"step {self.global_step}: the loss is finite but the gradient of {where} is not; samples {', '.join(self._last_keys)}"
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, ClipBatch], batch_idx: int) -> None:
+        self.trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
+        if self.global_step > self._updated_step:
+            self._updated_step = self.global_step
+            self.ema.update(self.ema_unet, self.unet, self.global_step)
+
+    def _keys(self, purpose: str, stream: str, clips: ClipBatch) -> list[tuple[Any, ...]]:
+        return [(self.seed, purpose, self.global_step, stream, index) for index in clips.indices]
+
+    # -- sampling and saving --------------------------------------------------------------------------------------------------------
+
+    def pipeline(self, sampler: Sampler | None = None) -> TextToVideoPipeline:
+        """The model as it would be exported now: EMA weights, nothing swapped."""
+        return TextToVideoPipeline(self.ema_unet, self.frozen, sampler or self.sampler, sample=self.sample)
+
+    def describe(self, step: int) -> ModelCard:
+        """What model.json says of a checkpoint."""
+        autoencoder, text_encoder = self.frozen.autoencoder, self.frozen.text_encoder
+        network: dict[str, Any] = self.unet.config  # type: ignore[assignment]
+        return ModelCard(
+            unet=Part(type(self.unet).__name__, {name: value for name, value in network.items() if name not in RUNTIME}),
+            autoencoder=Part(type(autoencoder).__name__, autoencoder.config, autoencoder.sha256()),
+            text_encoder=Part(text_encoder.kind, text_encoder.config, text_encoder.sha256()),
+            schedule=self.objective.schedule.config,
+            sampler=self.sampler.config,
+            sample=self.sample,  # type: ignore[arg-type]
+            step=step,
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Batches are counted anew by the present plan, so that another number of ranks or micro-batches may continue the run."""
+        step = checkpoint["global_step"]
+        self._updated_step = step
+        batches = step * self.plan.accumulate
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for span in ("total", "current"):
+            progress[span] = dict.fromkeys(("ready", "started", "processed"), batches) | {"completed": batches - 1}

@@ -1,0 +1,170 @@
+"""One run in one folder: lock, resume, fit, evaluate, report."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+
+from t2v import checkpoint as folder_format
+from t2v.training.callbacks.samples import SampleVideos
+from t2v.training.checkpoints import Checkpoints, FolderCheckpointIO
+from t2v.training.tensorboard import add_text
+
+RESULTS = "results.json"
+
+
+def quiet_third_parties() -> None:
+    """Their hints at every start are not news to us; their errors still come through."""
+    for name in ("pytorch_lightning", "lightning_fabric", "torch.distributed", "xformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("pytorch_lightning", "lightning_fabric", "torch", "diffusers", "open_clip", "timm", "torchmetrics"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold <folder>/run.lock; ValueError with host and pid if another process does. The kernel frees it when this process ends, however it ends."""
+    path = folder / "run.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise OSError(
+            f"cannot write to the run's folder {folder}: {error.strerror or error}. Choose another place with paths.experiments=FOLDER"
+        ) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # POSIX locks hold across hosts on shared file systems
+        except OSError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ValueError(f"{holder} is writing to {folder}: wait for it, stop it, or start another run with run=NAME") from None
+        file.truncate(0)
+        file.write(f"host {socket.gethostname()}, pid {os.getpid()}")
+        file.flush()
+        yield
+
+
+def resume_from(resume: str, folder: Path) -> Path | None:
+    """auto: the newest whole checkpoint of the run; none: a fresh start; otherwise a checkpoint folder."""
+    newest = folder_format.latest(folder)
+    if resume == "auto":
+        return newest
+    if resume == "none":
+        if newest is not None:
+            raise ValueError(
+                f"resume=none, but {folder} already holds {newest.name}: start another run with run=NAME, or delete that folder"
+            )
+        return None
+    return folder_format.find(resume)
+
+
+def train(
+    *,
+    module: LightningModule,
+    data: Callable[[], LightningDataModule],
+    trainer: Callable[..., Trainer],
+    callbacks: Mapping[str, Callback],
+    folder: Path,
+    resume: str,
+    config: str,
+    loggers: Callable[[int | None], list[Any]],
+) -> dict[str, float]:
+    """Train, or continue, or report a finished run. Returns the final metrics.
+
+    `trainer` and `loggers` are called once the checkpoint is known; `config` is the resolved configuration as text.
+    """
+    rank_zero = int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("SLURM_PROCID", "0")) == 0
+    checkpoint = resume_from(resume, folder)
+    step = folder_format.read_card(checkpoint).step if checkpoint is not None else None
+    lightning_trainer = trainer(
+        callbacks=list(callbacks.values()),
+        logger=loggers(step),
+        default_root_dir=str(folder),
+        plugins=[FolderCheckpointIO(lambda: module.describe(lightning_trainer.global_step))],  # type: ignore[operator]
+    )
+    datamodule = data()
+    plan = datamodule.plan(lightning_trainer.world_size)  # type: ignore[attr-defined]
+    lightning_trainer.accumulate_grad_batches = plan.accumulate
+    if rank_zero:
+        print(f"run      {folder}")
+        print(f"resume   {'step ' + str(step) + ' from ' + str(checkpoint) if checkpoint else 'nothing: a fresh start'}")
+        parts = ", ".join(f"{count} {stream}s (weight {plan.weights[stream]:.3g})" for stream, count in plan.global_batch.items())
+        print(
+            f"a step   {parts} on {plan.world} rank{'s' * (plan.world > 1)}, in {plan.accumulate} micro-batch{'es' * (plan.accumulate > 1)}",
+            flush=True,
+        )
+        (folder / "config.yaml").write_text(config, encoding="utf-8")
+    if step is None:
+        add_text(lightning_trainer, "config", f"```yaml\n{config}\n```")
+    started = time.monotonic()
+    lightning_trainer.fit(module, datamodule=datamodule, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
+    seconds = time.monotonic() - started
+    received = next((c.received for c in callbacks.values() if isinstance(c, Checkpoints)), None)
+    if received is not None:
+        print(
+            f"stopped by {signal.Signals(received).name} after step {lightning_trainer.global_step}; the same command continues from there",
+            file=sys.stderr,
+        )
+        sys.exit(128 + received)
+    return finish(lightning_trainer, module, callbacks, folder, seconds)
+
+
+def finish(trainer: Trainer, module: LightningModule, callbacks: Mapping[str, Callback], folder: Path, seconds: float) -> dict[str, float]:
+    """Final scores, results.json and what to type next."""
+    module.to(trainer.strategy.root_device)
+    report = []
+    for callback in callbacks.values():
+        if hasattr(callback, "evaluate"):
+            report.append(str(callback.evaluate(trainer, module)))
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.finalize("success")
+        results = {
+            "step": trainer.global_step,
+            "max_steps": trainer.max_steps,
+            "seconds_of_this_session": seconds,
+            "metrics": metrics,
+            "report": report,
+        }
+        temporary = folder / f".{RESULTS}"
+        temporary.write_text(json.dumps(results, indent=1))
+        temporary.replace(folder / RESULTS)
+        show(results, folder, any(isinstance(callback, SampleVideos) for callback in callbacks.values()))
+    return metrics
+
+
+def finished(folder: Path, max_steps: int) -> dict[str, Any] | None:
+    """The results of a run that already reached `max_steps`."""
+    path = folder / RESULTS
+    if not path.is_file():
+        return None
+    results = json.loads(path.read_text())
+    return results if results["step"] >= max_steps else None
+
+
+def show(results: dict[str, Any], folder: Path, samples: bool) -> None:
+    newest = folder_format.latest(folder)
+    print()
+    for table in results["report"]:
+        print(table, end="\n\n")
+    print(f"trained  {results['step']} steps; results in {folder / RESULTS}")
+    if samples:
+        print(f"samples  {folder / 'samples'}")
+    print(f"watch    tensorboard --logdir {folder}")
+    if newest is not None and samples:
+        print(f'try      python -m t2v.generate checkpoint={newest} prompt="a red circle moving left slowly on a black background"')
