@@ -54,7 +54,7 @@ class TextToVideoPipeline:
         `ema`: the averaged weights, where there are both. `device`: the GPU if there is one. `dtype`: bfloat16 on GPUs that have it, else
         float32. `autoencoder`, `text_encoder`: where their weights lie, if not where the checkpoint says. Raises ValueError.
         """
-        device = default_device() if device is None else torch.device(device)
+        device = default_device() if device is None else usable_device(device)
         unet, frozen, card = checkpoint.read_model(
             place, ema, device=device, autoencoder=autoencoder, text_encoder=text_encoder, unet_options=unet_options
         )
@@ -152,6 +152,17 @@ def sampler_of(card: checkpoint.ModelCard) -> Sampler:
 
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """Raise ValueError for a device that this machine or this build of torch does not have."""
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device} is unknown; there are cpu, cuda, cuda:1, ...") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device} is not here: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; use device=cpu")
+    return device
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -1,5 +1,6 @@
 import pytest
-from tiny_model import read_tiny_parts
+
+from tests.tiny_model import read_tiny_parts
 
 
 @pytest.fixture(autouse=True)

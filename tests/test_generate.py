@@ -1,0 +1,171 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from t2v import checkpoint, generate
+from t2v.pipeline import TextToVideoPipeline
+from t2v.video import decode_clip
+from tests.tiny_model import read_tiny_parts, tiny_card, tiny_unet
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    read_tiny_parts(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    write = {"unet.safetensors": lambda path: checkpoint.save_weights(tiny_unet(1), path, torch.float16)}
+    return checkpoint.write(tmp_path / "models" / "step-7", write, tiny_card())
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    GlobalHydra.instance().clear()
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)  # the entry point of an earlier test has set it
+    monkeypatch.setattr(sys, "argv", ["t2v-generate", *arguments])
+    generate.main()
+
+
+def test_one_prompt(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, "prompt=A red, (big) circle's way: left", f"checkpoint={folder}", "device=cpu", "output=here", "seed=3")
+    path = Path("here/0000-a-red-big-circle-s-way-left-seed3.mp4")
+    assert {file.name for file in tmp_path.iterdir()} == {"models", "here"}  # no outputs/, no log
+    assert list((tmp_path / "here").iterdir()) == [tmp_path / path]
+    printed = capsys.readouterr().out
+    assert str(path) in printed
+    assert "ddim, 3 steps, guidance 2, seed 3" in printed
+    frames, _ = decode_clip(path.read_bytes(), num_frames=None, fps=None, size=None)
+    assert frames.shape == (4, 32, 48, 3)
+    expected = TextToVideoPipeline.from_pretrained(folder, device="cpu")("A red, (big) circle's way: left", seed=3)
+    assert (frames.float() - expected.float()).abs().mean() < 12  # H.264 in between
+
+
+def test_several_prompts_and_every_option(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("prompts.txt").write_text("\ufeffa cat, one\n\n  a dog  \na cat, one\n", encoding="utf-8")
+    options = [
+        "sampler=dpm",
+        "steps=2",
+        "guidance=1",
+        "frames=2",
+        "height=16",
+        "width=24",
+        "fps=4",
+        "batch_size=2",
+        "dtype=float32",
+        "ema=false",
+    ]
+    run(monkeypatch, "prompts=prompts.txt", f"checkpoint={folder}", "output=some where/a=b", *options)
+    names = sorted(path.name for path in Path("some where/a=b").iterdir())
+    assert names == ["0000-a-cat-one-seed0.mp4", "0001-a-dog-seed0.mp4", "0002-a-cat-one-seed0.mp4", "contact-sheet-seed0.mp4"]
+    frames, _ = decode_clip(Path("some where/a=b", names[0]).read_bytes(), num_frames=None, fps=None, size=None)
+    assert frames.shape == (2, 16, 24, 3)
+    printed = capsys.readouterr().out
+    assert "dpm++, 2 steps, guidance 1, seed 0" in printed
+    assert "3 videos of 2 frames of 24 x 16" in printed
+    sheet, _ = decode_clip(Path("some where/a=b", names[3]).read_bytes(), num_frames=None, fps=None, size=None)
+    assert sheet.shape[0] == 2
+    assert sheet.shape[2] > 2 * 24
+
+
+def test_the_shipped_model_is_the_default(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "SHIPPED", folder)
+    run(monkeypatch, "prompt=a cat", "frames=1")
+    assert [path.name for path in Path("generated").iterdir()] == ["0000-a-cat-seed0.mp4"]
+
+
+def test_cut_prompts_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run(monkeypatch, f"prompt={'very ' * 80}long", f"checkpoint={folder}", "frames=1", "steps=1")
+    assert "warning: prompt 0 has 83 tokens, of which the first 77 are read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say what to show"),
+        (["prompt="], "the prompt is empty"),
+        (["prompt=  "], "the prompt is empty"),
+        (["prompt=a cat", "prompts=file"], "one of the two"),
+        (["prompts=nowhere.txt"], "prompts=nowhere.txt cannot be read: No such file"),
+        (["prompts=."], "prompts=. cannot be read: Is a directory"),
+        (["prompts=models/step-7/unet.safetensors"], "is not a text file in UTF-8"),
+        (["prompts=/dev/null"], "holds no prompt"),
+        (["prompt=a cat", "checkpoint=nowhere"], "there is no checkpoint at nowhere"),
+        (["prompt=a cat", "checkpoint=models"], "models is not a checkpoint"),
+        (["prompt=a cat", "checkpoint=a", "weights=diffusers:b"], "exclude each other"),
+        (["prompt=a cat", "checkpoint=models/step-7", "steps=0"], "num_steps is 0"),
+        (["prompt=a cat", "checkpoint=models/step-7", "guidance=-1"], "guidance scale is -1"),
+        (["prompt=a cat", "checkpoint=models/step-7", "height=30"], "take 32"),
+        (["prompt=a cat", "checkpoint=models/step-7", "dtype=int8"], "dtype=int8 is unknown; there are float32"),
+        (["prompt=a cat", "checkpoint=models/step-7", "device=teapot"], "device teapot is unknown"),
+        (["prompt=a cat", "checkpoint=models/step-7", "device=cuda:77"], "device cuda:77 is not here"),
+        (["prompt=a cat", "sampler=dmp"], "Did you mean"),
+        (["promt=a cat"], "Did you mean prompt"),
+        (["prompt=a cat", "checkpoint=models/step-7", "output=/proc/here"], "cannot write to /proc/here"),
+    ],
+)
+def test_mistakes_are_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, *arguments)
+    assert caught.value.code not in (0, None)
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not list(Path(".").glob("**/*.mp4"))
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a red, circle",
+        "it's (a) [b] {c: d}",
+        'say "hi"',
+        "back\\slash",
+        "end\\",
+        "a \\' b",
+        "100% = $HOME #1 @ ~ !",
+        "123",
+        "日本 é",
+        "x=${y}",
+    ],
+)
+def test_prompts_mean_nothing_to_hydra(prompt: str) -> None:
+    override = OverridesParser.create().parse_override(generate.protect(f"prompt={prompt}"))
+    assert override.key_or_group == "prompt"
+    assert str(override.value()).replace("\\${", "${") == prompt
+
+
+def test_hydras_own_syntax_is_left_alone() -> None:
+    for argument in ("seed=1,2", "prompt='quoted, already'", "sampler=dpm", "--cfg", "prompt=null", "checkpoint=null"):
+        assert generate.protect(argument) == argument
+
+
+def test_file_names() -> None:
+    assert generate.slug("A red, circle; 3/4 of ../it!") == "a-red-circle-3-4-of-it"
+    assert generate.slug("?!") == "prompt"
+    assert len(generate.slug("word " * 100)) <= 60
+    assert "/" not in generate.slug("a/b\\c\0d")
+
+
+def test_help_is_quick_and_leaves_nothing(tmp_path: Path) -> None:
+    root = str(Path(generate.__file__).parents[1])
+    for flags in (["--help"], ["--cfg", "job"]):
+        began = time.monotonic()
+        command = [sys.executable, "-m", "t2v.generate", *flags]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root})
+        assert done.returncode == 0, done.stderr
+        assert "prompt" in done.stdout
+        assert time.monotonic() - began < 3
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_heavy_is_imported_at_the_top() -> None:
+    code = "import sys, t2v.generate; print([name for name in ('torch', 'numpy', 'diffusers', 'av', 'PIL') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
