@@ -65,13 +65,13 @@ class QualityGuard:
         if seen >= self.limits.min_samples and self.bad_in_window > limit * seen:
             self._stop(f"{self.bad_in_window} of the last {seen} samples are bad (limit max_bad_fraction={limit})")
 
-    def shard(self, url: str, error: ShardError | None) -> None:
+    def shard(self, source: str, url: str, error: ShardError | None) -> None:
         """One shard was opened and read (error None) or failed."""
         self.shards += 1
         if error is None:
             return
         self.unreadable += 1
-        self.reasons["shard_error"] += 1
+        self.reasons[f"{source}/shard_error"] += 1
         self.last = f"{url}: {error}"
         limit = self.limits.max_unreadable_shards
         if self.shards >= self.limits.min_shards and self.unreadable > limit * self.shards:

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from t2v.batch import Cursor
 from t2v.data.errors import ShardError
-from t2v.data.sources import RawSample
+from t2v.data.raw import RawSample
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class ShardOpener(Protocol):
     def streamed(self, url: str) -> Iterator[RawSample]:
         """The samples of a shard in the order in which they lie. Raises ShardError, perhaps after some of them."""
 
-    def report(self, url: str, error: ShardError | None) -> None:
+    def report(self, source: str, url: str, error: ShardError | None) -> None:
         """Told once per opened shard whether it was readable. May raise DataQualityError."""
 
 
@@ -91,9 +91,12 @@ def _draw(held: list[T], rng: random.Random) -> T:
 class VirtualReader:
     """An infinite, resumable sequence of raw samples from one source."""
 
-    def __init__(self, shards: Sequence[str], slot: int, slots: int, seed: str, buffer: int, opener: ShardOpener, cursor: Cursor) -> None:
-        self.shards, self.slot, self.slots = shards, slot, slots
-        self.seed, self.buffer, self.opener, self.cursor = seed, buffer, opener, cursor
+    def __init__(
+        self, source: str, shards: Sequence[str], slot: int, slots: int, seed: int, buffer: int, opener: ShardOpener, cursor: Cursor
+    ) -> None:
+        self.source, self.shards, self.slot, self.slots = source, shards, slot, slots
+        self.seed = f"{seed}/{source}"
+        self.buffer, self.opener, self.cursor = buffer, opener, cursor
 
     def draws(self) -> Iterator[Draw]:
         """Endless, unless 20 passes per slot in a row hold nothing at all: then it ends."""
@@ -129,7 +132,7 @@ class VirtualReader:
                 failure = self.failure
         except ShardError as error:
             failure = error
-        self.opener.report(url, failure)
+        self.opener.report(self.source, url, failure)
 
     def _caught(self, url: str) -> Iterator[RawSample]:
         """The streamed samples up to the damage, if any; so that the shuffle buffer still drains."""

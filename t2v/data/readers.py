@@ -1,7 +1,7 @@
 """A stream of clips: sources -> virtual readers -> raw samples -> clips. It knows neither ranks nor workers; loader.py hosts its readers.
 
-sources.py   what a source is            shards.py   samples of a tar      readers.py   who reads what, in which order
-frames.py    bytes -> uint8 frames       errors.py   bad samples, limits   loader.py    ranks, workers, batches, resume
+- sources.py: what a source is; shards.py, folder.py, remote.py: where raw samples come from; order.py: who reads what, and when
+- frames.py: bytes -> uint8 frames; errors.py: bad samples and limits; loader.py: ranks, workers, batches, resume
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from t2v.batch import Clip, Cursor
 from t2v.data.errors import BadSample, QualityGuard, QualityLimits, ShardError
 from t2v.data.frames import FrameRecipe
 from t2v.data.order import Draw, Indexed, VirtualReader
-from t2v.data.shards import ShardCache
-from t2v.data.sources import RawSample, Source
+from t2v.data.raw import RawSample
+from t2v.data.remote import Retry, open_remote
+from t2v.data.shards import ShardCache, stream_tar
+from t2v.data.sources import Source
 
 START: Cursor = (0, 0, 0)
 
@@ -67,8 +69,8 @@ class ClipStream:
         which = self.source_of_reader[reader]
         source = self.sources[which]
         siblings = [index for index, other in enumerate(self.source_of_reader) if other == which]
-        seed = f"{self.seed}/{source.name}"
-        virtual = VirtualReader(self.shards[which], siblings.index(reader), len(siblings), seed, self.buffer, host, cursor)
+        slot, slots = siblings.index(reader), len(siblings)
+        virtual = VirtualReader(source.name, self.shards[which], slot, slots, self.seed, self.buffer, host, cursor)
         epoch, usable = -1, True
         for draw in virtual.draws():
             if draw.cursor[0] != epoch:
@@ -104,6 +106,7 @@ class Host:
 
     def __init__(self, limits: QualityLimits) -> None:
         self.guard = QualityGuard(limits)
+        self.retry = Retry()
         self.cache = ShardCache()
         self.events: list[dict[str, str]] = []
 
@@ -113,12 +116,13 @@ class Host:
         return self.cache.open(url)
 
     def streamed(self, url: str) -> Iterator[RawSample]:
-        raise NotImplementedError(url)
+        with open_remote(url, self.retry) as file:
+            yield from stream_tar(file)
 
-    def report(self, url: str, error: ShardError | None) -> None:
+    def report(self, source: str, url: str, error: ShardError | None) -> None:
         if error is not None:
-            self.events.append({"source": url, "key": "", "reason": "shard_error", "detail": str(error)})
-        self.guard.shard(url, error)
+            self.events.append({"source": source, "key": url, "reason": "shard_error", "detail": str(error)})
+        self.guard.shard(source, url, error)
 
     def bad(self, source: str, key: str, error: BadSample) -> None:
         self.events.append({"source": source, "key": key, "reason": error.reason, "detail": error.detail})

@@ -16,7 +16,8 @@ import numpy as np
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
 from t2v.data.errors import ShardError
-from t2v.data.sources import RawSample
+from t2v.data.folder import FolderRows
+from t2v.data.raw import RawSample
 
 BLOCK = 512  # bytes: the unit of the tar format
 REGULAR, SKIPPED = b"0\0", b"5g"  # type flags: files; directories and global pax headers
@@ -70,13 +71,14 @@ class ShardCache:
 
     def __init__(self, capacity: int = 64) -> None:
         self.capacity = capacity
-        self.shards: OrderedDict[str, LocalTar] = OrderedDict()
+        self.shards: OrderedDict[str, LocalTar | FolderRows] = OrderedDict()
 
-    def open(self, path: str) -> LocalTar:
+    def open(self, path: str) -> LocalTar | FolderRows:
+        """Raises ShardError."""
         if path in self.shards:
             self.shards.move_to_end(path)
             return self.shards[path]
-        shard = LocalTar(path)
+        shard = FolderRows(path) if "#" in os.path.basename(path) else LocalTar(path)
         self.shards[path] = shard
         if len(self.shards) > self.capacity:
             self.shards.popitem(last=False)
@@ -86,14 +88,31 @@ class ShardCache:
 def stream_tar(file: BinaryIO) -> Iterator[RawSample]:
     """Samples of a tar that can only be read forwards. Raises ShardError at the damage, after what lies before it."""
 
+    watched = _Watched(file)
+
     def members() -> Iterator[tuple[str, bytes]]:
-        for member in tar_file_iterator(file, skip_meta=None):  # type: ignore[arg-type]
+        for member in tar_file_iterator(watched, skip_meta=None):  # type: ignore[arg-type]
             yield member["fname"], member["data"]
+        if watched.ended and watched.tail != bytes(BLOCK):  # tarfile takes a cut between members for the end
+            raise ShardError("unexpected end of data")
 
     try:
         yield from _group(members())
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ShardError(str(error)) from error
+
+
+class _Watched:
+    """A file that remembers how it ended."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.tail, self.ended = file, b"", False
+
+    def read(self, count: int) -> bytes:
+        data = self.file.read(count)
+        self.ended = self.ended or len(data) < count
+        self.tail = (self.tail + data)[-BLOCK:] if len(data) < BLOCK else data[-BLOCK:]
+        return data
 
 
 def _group(members: Iterable[tuple[str, bytes]]) -> Iterator[RawSample]:
@@ -122,9 +141,9 @@ def _members(file: io.RawIOBase | io.FileIO) -> Iterator[tuple[str, int, int]]:
     offset = 0
     while True:
         header = os.pread(file.fileno(), BLOCK, offset)
-        if not header or header == bytes(BLOCK):
+        if header == bytes(BLOCK):
             return
-        if len(header) < BLOCK:
+        if len(header) < BLOCK:  # every complete tar ends with empty blocks
             raise ShardError(f"unexpected end of data at byte {offset}")
         plain = _plain(header)
         if plain is None:

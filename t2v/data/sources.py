@@ -1,30 +1,28 @@
 """What a source is: where its shards lie, which members are media, where the caption lives, which samples are wanted.
 
-urls      a tar, a folder of tars, a pattern (*.tar), a brace list ({00000..00099}.tar), an fsspec address (s3://...), or a list of them
-media     member suffixes, the first that is present is taken: [mp4, webm, mkv]
-caption   where to look, in order: txt, json:caption, json:caption_* (one of those that match, drawn at random)
-filters   "field op value" on the json, all must hold: "pwatermark < 0.8", "status == success", "language in [en, de]"
+- urls: a tar, a folder of tars, a pattern (*.tar), a brace list ({00000..00099}.tar), an fsspec address (s3://...), the .csv or .jsonl of
+  a plain folder (folder.py), or a list of them
+- media: member suffixes, the first that is present is taken: [mp4, webm, mkv]
+- caption: where to look, in order: txt, json:caption, json:caption_* (one of those that match, drawn at random)
+- filters: "field op value" on the json, all must hold: "pwatermark < 0.8", "status == success", "language in [en, de]"
 """
 
 from __future__ import annotations
 
 import fnmatch
-import glob
-import json
 import operator
 import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
-import braceexpand
-import fsspec
 import yaml
 
+from t2v.data.addresses import expand
 from t2v.data.errors import BadSample
+from t2v.data.raw import RawSample
 
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
@@ -36,36 +34,6 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "in": lambda value, choices: value in choices,
 }
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufeff]")
-SHARD_SUFFIXES = (".tar",)
-TABLE_SUFFIXES = (".csv", ".jsonl")  # a plain folder of files, listed with their captions (folder.py)
-
-
-@dataclass(frozen=True)
-class RawSample:
-    """One sample as it lies in the shard: member suffix -> bytes."""
-
-    key: str
-    members: Mapping[str, bytes]
-
-    def member(self, suffix: str) -> bytes | None:
-        """The member `KEY.suffix`, or `KEY.anything.suffix`."""
-        if suffix in self.members:
-            return self.members[suffix]
-        return next((data for name, data in self.members.items() if name.endswith("." + suffix)), None)
-
-    @cached_property
-    def fields(self) -> dict[str, Any]:
-        """The json member; {} where there is none. Raises BadSample(json_invalid)."""
-        data = self.member("json")
-        if data is None:
-            return {}
-        try:
-            fields = json.loads(data.decode("utf-8", "replace"))
-        except ValueError as error:
-            raise BadSample("json_invalid", str(error)) from error
-        if not isinstance(fields, dict):
-            raise BadSample("json_invalid", f"a {type(fields).__name__}, not an object")
-        return fields
 
 
 @dataclass(frozen=True)
@@ -116,7 +84,7 @@ class Source:
 
     def expand(self) -> list[str]:
         """All shards, in a fixed order. Raises ValueError where nothing is found."""
-        shards = [shard for url in ([self.urls] if isinstance(self.urls, str) else self.urls) for shard in _expand(self.name, str(url))]
+        shards = [shard for url in ([self.urls] if isinstance(self.urls, str) else self.urls) for shard in expand(self.name, str(url))]
         if not shards:
             raise ValueError(f"{self.name}: the list of shard addresses is empty: {self.urls!r}")
         if all("://" not in shard and not os.path.exists(shard.split("#")[0]) for shard in shards):
@@ -157,28 +125,3 @@ class Source:
 def clean(caption: str) -> str:
     """Without control characters and byte-order marks, on one line."""
     return " ".join(CONTROLS.sub(" ", caption).split())
-
-
-def _expand(name: str, url: str) -> list[str]:
-    urls = list(braceexpand.braceexpand(url)) if "{" in url else [url]
-    found: list[str] = []
-    for item in urls:
-        if "://" in item:
-            if any(letter in item for letter in "*?[") or not item.split("?")[0].endswith(SHARD_SUFFIXES):
-                system, path = fsspec.url_to_fs(item)
-                pattern = path if "*" in path else path.rstrip("/") + "/*.tar"
-                found += sorted(system.unstrip_protocol(match) for match in system.glob(pattern))
-            else:
-                found.append(item)
-        elif os.path.isdir(item):
-            found += sorted(glob.glob(os.path.join(glob.escape(item), "*.tar")))
-        elif any(letter in item for letter in "*?["):
-            found += sorted(glob.glob(item))
-        else:
-            found.append(item)
-    if not found:
-        raise ValueError(
-            f"{name}: no shards at {url}. A folder of .tar files as img2dataset or video2dataset write them is expected; "
-            "`python -m t2v.repack` makes one from a folder of videos and a csv or jsonl of captions."
-        )
-    return found

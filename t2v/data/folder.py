@@ -1,0 +1,79 @@
+"""A plain folder of videos or images with a csv or jsonl of captions, read as it is: rows of the table are samples, runs of rows shards.
+
+For more than some ten thousand files `python -m t2v.repack` makes tars, which disks read far faster.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from functools import lru_cache
+from typing import Any
+
+from t2v.data.errors import ShardError
+from t2v.data.raw import RawSample
+
+ROWS = 256  # at most, per pretended shard
+FILE_COLUMNS = ("file", "path", "file_name", "filename", "video", "image", "video_path")
+TEXT_COLUMNS = ("caption", "text", "title", "name", "sentence")
+
+
+def table_shards(path: str) -> list[str]:
+    """`path#begin:end` for the rows of a table. Raises ValueError where it is unreadable or names no files."""
+    rows, _ = read_table(path)
+    if not rows:
+        raise ValueError(f"{path}: it has no rows")
+    shards = -(-len(rows) // ROWS)
+    ends = [len(rows) * (k + 1) // shards for k in range(shards)]  # of equal size, so that readers stay in step
+    return [f"{path}#{begin}:{end}" for begin, end in zip([0, *ends], ends)]
+
+
+@lru_cache(maxsize=4)
+def read_table(path: str) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a .csv (with a header) or .jsonl, and the column that names the files, relative to the table."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file)) if path.endswith(".csv") else [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: unreadable: {error}") from error
+    columns = list(rows[0]) if rows else []
+    column = next((name for name in FILE_COLUMNS if name in columns), None)
+    if rows and column is None:
+        raise ValueError(f"{path}: no column names the files: expected one of {', '.join(FILE_COLUMNS)}, found {', '.join(columns)}")
+    return rows, column or ""
+
+
+class FolderRows:
+    """Rows begin, ..., end - 1 of a table, as a shard. A missing file is a sample without media."""
+
+    error: ShardError | None = None
+
+    def __init__(self, url: str) -> None:
+        self.path, _, span = url.rpartition("#")
+        begin, _, end = span.partition(":")
+        try:
+            rows, self.column = read_table(self.path)
+        except ValueError as error:
+            raise ShardError(str(error)) from error
+        self.rows = rows[int(begin) : int(end)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> RawSample:
+        row = self.rows[index]
+        name = str(row[self.column])
+        key, suffix = os.path.splitext(name)
+        members = {"json": json.dumps(row).encode()}
+        text = next((row[column] for column in TEXT_COLUMNS if row.get(column)), None)
+        if isinstance(text, str):
+            members["txt"] = text.encode()
+        try:
+            with open(os.path.join(os.path.dirname(self.path), name), "rb") as file:
+                members[suffix[1:].lower()] = file.read()
+        except FileNotFoundError:
+            pass  # counted as missing_member
+        except OSError as error:
+            raise ShardError(str(error)) from error
+        return RawSample(key, members)

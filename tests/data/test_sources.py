@@ -1,0 +1,162 @@
+"""Addresses, captions and filters of the formats in the wild."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import fsspec
+import pytest
+from made_shards import image_bytes, image_sample, write_images, write_tar
+
+from t2v.data.errors import BadSample
+from t2v.data.laion import laion
+from t2v.data.loader import ClipLoader
+from t2v.data.raw import RawSample
+from t2v.data.readers import share
+from t2v.data.sources import Filter, Source, clean
+
+
+def pick(members: dict[str, bytes], **options) -> tuple[str, bytes, str]:
+    source = Source(**{"name": "x", "urls": "x.tar", "media": ["mp4", "webm"], "caption": ["txt", "json:caption"]} | options)
+    return source.pick(RawSample("k", members), random.Random(0))
+
+
+def reason(members: dict[str, bytes], **options) -> str:
+    with pytest.raises(BadSample) as caught:
+        pick(members, **options)
+    return caught.value.reason
+
+
+def test_media_by_suffix_in_order() -> None:
+    assert pick({"webm": b"w", "mp4": b"m", "txt": b"c"})[:2] == ("mp4", b"m")
+    assert pick({"video.webm": b"w", "m4a": b"a", "txt": b"c"})[:2] == ("webm", b"w")
+    assert reason({"txt": b"c", "json": b"{}"}) == "missing_member"
+    assert reason({"json": b'{"status": "failed_to_download", "error_message": "404"}', "txt": b"c"}) == "download_failed"
+
+
+@pytest.mark.parametrize(
+    ("members", "caption"),
+    [
+        ({"txt": b"a cat"}, "a cat"),
+        ({"txt": "caf\xe9".encode("latin-1")}, "caf\ufffd"),
+        ({"txt": b"\xef\xbb\xbfa\x00b \n c\t"}, "a b c"),
+        ({"txt": b"", "json": b'{"caption": "from json"}'}, "from json"),
+        ({"json": b'{"caption": ["first"]}'}, "first"),
+    ],
+)
+def test_captions(members: dict[str, bytes], caption: str) -> None:
+    assert pick({"mp4": b"m", **members})[2] == caption
+
+
+def test_empty_captions_are_skipped_or_kept() -> None:
+    assert reason({"mp4": b"m", "txt": b" \n"}) == "caption_empty"
+    assert reason({"mp4": b"m", "json": b'{"caption": null}'}) == "caption_empty"
+    assert pick({"mp4": b"m", "txt": b""}, keep_uncaptioned=True)[2] == ""
+
+
+def test_twenty_captions_are_drawn_from() -> None:
+    fields = json.dumps({f"caption_{k}": f"sentence {k}" for k in range(20)} | {"caption_length": 3}).encode()
+    source = Source("x", "x.tar", ["mp4"], ["json:caption_*"])
+    drawn = {source.pick(RawSample("k", {"mp4": b"m", "json": fields}), random.Random(seed))[2] for seed in range(300)}
+    assert drawn == {f"sentence {k}" for k in range(20)}
+
+
+def test_filters() -> None:
+    members = {"mp4": b"m", "txt": b"c", "json": b'{"punsafe": 0.1, "NSFW": "UNLIKELY", "n": null, "meta": {"fps": 25}}'}
+    for text in ("punsafe < 0.5", "NSFW == UNLIKELY", "meta.fps >= 24", "NSFW in [UNLIKELY, UNSURE]", "NSFW != NSFW"):
+        assert pick(members, filters=[text])[2] == "c"
+    for text in ("punsafe > 0.5", "n < 1", "missing == 1", "NSFW < 3", "meta.fps in [1, 2]"):
+        assert reason(members, filters=[text]) == "filtered"
+    assert reason({"mp4": b"m", "txt": b"c", "json": b"{"}, filters=["a < 1"]) == "json_invalid"
+    with pytest.raises(ValueError, match="op one of"):
+        Filter.parse("punsafe ~ 3")
+    assert clean("a\u0000 b\r\nc") == "a b c"
+
+
+def test_addresses(tmp_path: Path) -> None:
+    write_images(tmp_path / "a", 3, 1)
+
+    def expand(urls) -> list[str]:
+        return [Path(url).name for url in Source("x", urls, ["png"]).expand()]
+
+    every = ["00000.tar", "00001.tar", "00002.tar"]
+    assert expand(str(tmp_path / "a")) == every
+    assert expand(f"{tmp_path}/a/*.tar") == every
+    assert expand(f"{tmp_path}/a/{{00000..00001}}.tar") == every[:2]
+    assert expand([f"{tmp_path}/a/00002.tar", f"{tmp_path}/a/{{00000..00001}}.tar"]) == ["00002.tar", *every[:2]]
+    (tmp_path / "empty").mkdir()
+    for missing in (tmp_path / "empty", tmp_path / "none/*.tar"):
+        with pytest.raises(ValueError, match="no shards at"):
+            expand(str(missing))
+    with pytest.raises(ValueError, match="none of the 5 shards exists"):
+        expand(f"{tmp_path}/none/{{0..4}}.tar")
+    with pytest.raises(ValueError, match="either urls or sources"):
+        laion()
+    with pytest.raises(ValueError, match="weight"):
+        Source("x", "y", ["png"], weight=0)
+
+
+def test_weights_are_shares_of_the_samples(tmp_path: Path) -> None:
+    for name, shards in (("a", 2), ("b", 5)):
+        write_images(tmp_path / name, shards, 9)
+    sources = {name: {"urls": str(tmp_path / name), "weight": weight} for name, weight in (("a", 3), ("b", 1))}
+    stream = laion(sources=sources, size=4, num_readers=8)
+    batch = next(iter(ClipLoader(stream, global_batch=80)))
+    assert (batch.sources.count("a"), batch.sources.count("b")) == (60, 20)
+    assert share(64, [1, 1, 1000], 0).count(0) == 1
+    assert sorted(share(10, [1, 2, 7], 5)) == [0] + [1] * 2 + [2] * 7
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_a_plain_folder_with_captions(tmp_path: Path, form: str) -> None:
+    rows = []
+    for number in range(300):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        (tmp_path / f"sub/{number}.png").write_bytes(image_bytes(number))
+        rows.append({"file": f"sub/{number}.png", "caption": f"picture {number}, of 300"})
+    rows.append({"file": "sub/none.png", "caption": "not there"})
+    table = tmp_path / f"captions.{form}"
+    if form == "csv":
+        table.write_text("\ufefffile,caption\n" + "".join(f'{row["file"]},"{row["caption"]}"\n' for row in rows))
+    else:
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stream = laion(str(table), size=4, num_readers=4)
+    loader = iter(ClipLoader(stream, global_batch=300))
+    first, second = next(loader), next(loader)
+    assert len(stream.shards[0]) == 2
+    assert len(set(first.keys)) > 250
+    assert all(caption == f"picture {key.removeprefix('sub/')}, of 300" for key, caption in zip(first.keys, first.captions))
+    assert (first.bad + second.bad)[("laion", "missing_member")] >= 1
+    table.write_text("a,b\n1,2\n" if form == "csv" else '{"a": 1}\n')
+    with pytest.raises(ValueError, match=r"unreadable|no column names the files"):
+        laion(str(_copy(table)), size=4)
+
+
+def _copy(table: Path) -> Path:
+    other = table.with_stem("other")  # tables are read once per process
+    other.write_bytes(table.read_bytes())
+    return other
+
+
+def test_object_stores_give_the_same_samples(tmp_path: Path) -> None:
+    write_images(tmp_path, 5, 6)
+    memory = fsspec.filesystem("memory")
+    for path in sorted(tmp_path.iterdir()):
+        memory.pipe(f"/bucket/{path.name}", path.read_bytes())
+    local, remote = (
+        next(iter(ClipLoader(laion(url, size=4, num_readers=4, buffer=3), global_batch=60))) for url in (str(tmp_path), "memory://bucket")
+    )
+    assert remote.keys == local.keys
+    assert remote.cursors == local.cursors
+    with pytest.raises(ValueError, match="no shards at"):
+        laion("memory://nothing", size=4)
+
+
+def test_presets_read_what_their_formats_hold(tmp_path: Path) -> None:
+    key, members = image_sample(3)
+    fields = {"text": "from datacomp", "uid": "x", "face_bboxes": []}
+    write_tar(tmp_path / "00000.tar", [(key, {"jpg": members["png"], "json": json.dumps(fields).encode()})])
+    stream = laion(str(tmp_path), size=4, num_readers=1, caption=["txt", "json:text", "json:caption"])
+    assert next(iter(ClipLoader(stream, global_batch=1))).captions == ["from datacomp"]
