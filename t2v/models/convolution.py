@@ -6,7 +6,6 @@ convolution, a temporal convolution and a matrix product all read the same memor
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -199,7 +199,8 @@ def check_arguments(
             if width < 1 or width % divisor:
                 nearest = max(divisor, round(width / divisor) * divisor)
                 raise ValueError(
-                    f"block_out_channels[{i}]={width} is not a multiple of {name}={divisor}: use {nearest}, or a {name} that divides {width}"
+                    f"block_out_channels[{i}]={width} is not a multiple of {name}={divisor}: "
+                    f"use {nearest}, or a {name} that divides {width}"
                 )
     if block_out_channels[0] % 2:
         raise ValueError(f"block_out_channels[0]={block_out_channels[0]} is odd: the timestep's embedding needs an even width")
