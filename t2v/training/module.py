@@ -72,7 +72,6 @@ class TextToVideoModule(LightningModule):
         self.losses: list[tuple[str, Tensor, Tensor]] = []  # (stream, timesteps, losses) since the log last took them
         self.gradient_norm: Tensor | None = None  # of the last optimizer step, before clipping
         self._last_keys: list[str] = []  # samples of the optimizer step under way
-        self._updated_step = 0
 
     # -- set-up ---------------------------------------------------------------------------------------------------------------------
 
@@ -102,7 +101,7 @@ class TextToVideoModule(LightningModule):
         """Eq. 1 and Eq. 3. Frames -> moments (slow; may be done offline) -> latents (a sample of the posterior), captions -> text."""
         autoencoder, text_encoder = self.frozen.autoencoder, self.frozen.text_encoder
         moments = autoencoder.moments(clips.frames)  # (b f h w 2c)
-        b, f, h, w, c = moments.shape
+        _, f, h, w, c = moments.shape
         noise = normal(self._keys("posterior", stream, clips), (c // 2, f, h, w)).to(moments.device)
         dropped = uniform(self._keys("caption", stream, clips)) < self.caption_dropout
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), clips.captions, strict=True)]
@@ -128,6 +127,7 @@ class TextToVideoModule(LightningModule):
             self.losses.append((stream, timestep, losses.detach()))
             self._last_keys += clips.keys
             loss = loss + plan.scale(stream) * losses.sum()
+        self.trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -138,11 +138,10 @@ class TextToVideoModule(LightningModule):
                 f"step {self.global_step}: the loss is finite but the gradient of {where} is not; samples {', '.join(self._last_keys)}"
             )
 
-    def on_train_batch_end(self, outputs: Any, batch: dict[str, ClipBatch], batch_idx: int) -> None:
-        self.trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
-        if self.global_step > self._updated_step:
-            self._updated_step = self.global_step
-            self.ema.update(self.ema_unet, self.unet, self.global_step)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The average follows at once, before any callback can save or sample it."""
+        super().optimizer_step(*args, **kwargs)
+        self.ema.update(self.ema_unet, self.unet, self.global_step + 1)
 
     def _keys(self, purpose: str, stream: str, clips: ClipBatch) -> list[tuple[Any, ...]]:
         return [(self.seed, purpose, self.global_step, stream, index) for index in clips.indices]
@@ -170,7 +169,6 @@ class TextToVideoModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Batches are counted anew by the present plan, so that another number of ranks or micro-batches may continue the run."""
         step = checkpoint["global_step"]
-        self._updated_step = step
         batches = step * self.plan.accumulate
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for span in ("total", "current"):
