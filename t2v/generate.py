@@ -25,7 +25,7 @@ from t2v.configuration import entry
 if TYPE_CHECKING:
     from t2v.pipeline import TextToVideoPipeline
 
-SHIPPED = Path(__file__).with_name("pretrained") / "shapes"
+SHIPPED = "package:shapes"
 FREE_TEXT = ("prompt", "prompts", "checkpoint", "weights", "output", "autoencoder", "text_encoder")  # keys that hold no Hydra syntax
 
 
@@ -33,6 +33,8 @@ def generate(cfg: DictConfig) -> None:
     prompts = read_prompts(cfg.prompt, cfg.prompts)
     if cfg.checkpoint is not None and cfg.weights is not None:
         raise ValueError(f"checkpoint={cfg.checkpoint} and weights={cfg.weights} exclude each other: leave one out")
+    if cfg.weights is not None and not str(cfg.weights).startswith(("diffusers:", "modelscope:")):
+        raise ValueError(f"weights={cfg.weights} says no format: write weights=diffusers:DIR or weights=modelscope:DIR, or checkpoint=PATH")
     output = Path(cfg.output)
 
     from t2v import checkpoint

@@ -16,6 +16,7 @@ from t2v.diffusion.randomness import generator_of, normal
 from t2v.diffusion.sampling import Sampler
 from t2v.diffusion.schedule import NoiseSchedule
 from t2v.models.frozen import Frozen
+from t2v.weights import folder_of
 
 MAX_TOKENS = 77  # N_p, start and end included
 RELEASED_SAMPLE = {"frames": 16, "height": 256, "width": 256, "fps": 8}  # of ModelScope's own pipeline
@@ -49,16 +50,21 @@ class TextToVideoPipeline:
         text_encoder: str | None = None,
         unet_options: Mapping[str, Any] | None = None,
     ) -> TextToVideoPipeline:
-        """From a checkpoint folder, or a run (its newest checkpoint).
+        """From a checkpoint folder, a run (its newest checkpoint), `package:shapes` (comes with t2v), `diffusers:DIR` or `modelscope:DIR`.
 
         `ema`: the averaged weights, where there are both. `device`: the GPU if there is one. `dtype`: bfloat16 on GPUs that have it, else
         float32. `autoencoder`, `text_encoder`: where their weights lie, if not where the checkpoint says. Raises ValueError.
         """
         device = default_device() if device is None else usable_device(device)
-        unet, frozen, card = checkpoint.read_model(
-            place, ema, device=device, autoencoder=autoencoder, text_encoder=text_encoder, unet_options=unet_options
-        )
-        pipeline = cls(unet, frozen, sampler or sampler_of(card), sample=card.sample)
+        kind, folder = checkpoint.split_place(folder_of(place))
+        options: dict[str, Any] = {"device": device, "autoencoder": autoencoder, "text_encoder": text_encoder, "unet_options": unet_options}
+        if kind is None:
+            unet, frozen, card = checkpoint.read_model(folder, ema, **options)
+            pipeline = cls(unet, frozen, sampler or sampler_of(card), sample=card.sample)
+        else:
+            model = checkpoint.read_foreign(kind, folder, **options)
+            schedule = NoiseSchedule(**model.schedule)  # type: ignore[arg-type]
+            pipeline = cls(model.unet, model.frozen, sampler or Sampler(schedule=schedule), sample=model.sample)
         return pipeline.to(device, default_dtype(device) if dtype is None else dtype)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> TextToVideoPipeline:

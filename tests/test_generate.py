@@ -8,11 +8,11 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from tiny_model import read_tiny_parts, tiny_card, tiny_unet
 
 from t2v import checkpoint, generate
 from t2v.pipeline import TextToVideoPipeline
 from t2v.video import decode_clip
-from tests.tiny_model import read_tiny_parts, tiny_card, tiny_unet
 
 
 @pytest.fixture
@@ -98,6 +98,9 @@ def test_cut_prompts_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch, cap
         (["prompt=a cat", "checkpoint=nowhere"], "there is no checkpoint at nowhere"),
         (["prompt=a cat", "checkpoint=models"], "models is not a checkpoint"),
         (["prompt=a cat", "checkpoint=a", "weights=diffusers:b"], "exclude each other"),
+        (["prompt=a cat", "weights=models"], "write weights=diffusers:DIR or weights=modelscope:DIR"),
+        (["prompt=a cat", "weights=diffusers:nowhere"], "there is no folder nowhere"),
+        (["prompt=a cat", "weights=modelscope:models"], "text2video_pytorch_model.pth"),
         (["prompt=a cat", "checkpoint=models/step-7", "steps=0"], "num_steps is 0"),
         (["prompt=a cat", "checkpoint=models/step-7", "guidance=-1"], "guidance scale is -1"),
         (["prompt=a cat", "checkpoint=models/step-7", "height=30"], "take 32"),

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.schedulers import DDIMScheduler
+from tiny_model import read_tiny_parts, tiny_card, tiny_frozen, tiny_unet
 from torch import Tensor
 
 from t2v import checkpoint
@@ -13,7 +14,6 @@ from t2v.diffusion.sampling import Sampler
 from t2v.models.text_encoder import TextEncoder
 from t2v.models.unet import VideoUNet
 from t2v.pipeline import TextToVideoPipeline
-from tests.tiny_model import read_tiny_parts, tiny_card, tiny_frozen, tiny_unet
 
 PROMPTS = ["a red circle moving left", "a blue square", "a green star moving up slowly", "nothing much", "a yellow triangle"]
 SAMPLE = {"frames": 4, "height": 32, "width": 48, "fps": 3}

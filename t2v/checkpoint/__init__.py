@@ -23,6 +23,7 @@ from t2v.checkpoint.folder import (
     write,
     write_error,
 )
+from t2v.checkpoint.foreign import ForeignModel, read_foreign, read_unet, split_place
 from t2v.checkpoint.model import build_unet, compare, describe, load_weights, read_card, read_model, save_weights
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "CardError",
     "CheckpointError",
     "CheckpointWriteError",
+    "ForeignModel",
     "ModelCard",
     "Part",
     "begin",
@@ -49,9 +51,12 @@ __all__ = [
     "load_weights",
     "prune",
     "read_card",
+    "read_foreign",
     "read_model",
+    "read_unet",
     "require_writable",
     "save_weights",
+    "split_place",
     "staging_folder",
     "step_folder",
     "write",

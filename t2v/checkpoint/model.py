@@ -101,11 +101,20 @@ def build_unet(
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{weights.with_name(CARD)} describes a network that cannot be built: {error}") from error
     compare(unet, weights)
-    kept = unet.state_dict().keys()
-    assert all(name in kept for name, _ in unet.named_buffers()), "a buffer outside the state dict would stay uninitialised"
-    unet = unet.to_empty(device=device)
-    load_weights(unet, weights)
-    return unet.eval()
+    with safe_open(weights, "pt") as file:
+        return fill(unet, {name: file.get_tensor(name) for name in file.keys()}, device)  # noqa: SIM118 (not a mapping)
+
+
+def fill(network: nn.Module, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> nn.Module:
+    """Give memory on `device` to a network built on meta, and `state` to it, cast to the network's types. Eval mode."""
+    kept = network.state_dict().keys()
+    assert kept == state.keys()
+    assert all(name in kept for name, _ in network.named_buffers()), "a buffer outside the state dict would stay uninitialised"
+    network = network.to_empty(device=device)
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            value.copy_(state[name])
+    return network.eval()
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

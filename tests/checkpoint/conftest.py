@@ -1,6 +1,5 @@
 import pytest
-
-from tests.tiny_model import read_tiny_parts
+from tiny_model import read_tiny_parts
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_model import tiny_card
 
 from t2v.checkpoint import CardError, CheckpointError, ModelCard, read_card
-from tests.tiny_model import tiny_card
 
 
 def changed(path: str, value: Any) -> dict[str, Any]:

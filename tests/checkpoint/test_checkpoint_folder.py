@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_model import tiny_card
 
 from t2v import checkpoint
 from t2v.checkpoint import CheckpointError, CheckpointWriteError
-from tests.tiny_model import tiny_card
 
 Parts = dict[str, Callable[[Path], None]]
 

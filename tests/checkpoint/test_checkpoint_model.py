@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_model import UNET, TinyAutoencoder, TinyTextEncoder, tiny_card, tiny_frozen, tiny_unet
 
 from t2v import checkpoint
 from t2v.checkpoint import CheckpointError, Part
 from t2v.diffusion.guidance import ClassifierFreeGuidance
 from t2v.diffusion.sampling import Sampler
 from t2v.models.unet import VideoUNet
-from tests.tiny_model import UNET, TinyAutoencoder, TinyTextEncoder, tiny_card, tiny_frozen, tiny_unet
 
 
 @pytest.fixture
