@@ -63,22 +63,22 @@ class SpatioTemporalStage(nn.Module):
 
     def spatio_temporal_block(self, j: int, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
         """Figure 3: x (b f h w c), time (b d), text (b n d) -> (b f h w o)."""
-        x = self.run(self.resnets[j], x, time)  # N_1 = 2 spatial convolutions
+        x = run(self.resnets[j], self.gradient_checkpointing, x, time)  # N_1 = 2 spatial convolutions
         if self.has_temporal_convs:
-            x = self.run(self.temp_convs[j], x)  # N_2 = 4 temporal convolutions
+            x = run(self.temp_convs[j], self.gradient_checkpointing, x)  # N_2 = 4 temporal convolutions
         if self.has_attention[j]:
-            x = self.run(self.attentions[j], x, text)  # N_3 = 2 spatial attentions
+            x = run(self.attentions[j], self.gradient_checkpointing, x, text)  # N_3 = 2 spatial attentions
             if self.has_temporal_attentions:
-                x = self.run(self.temp_attentions[j], x)  # N_4 = 2 temporal attentions
+                x = run(self.temp_attentions[j], self.gradient_checkpointing, x)  # N_4 = 2 temporal attentions
         return x
 
-    def run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
-        """The module's output; its inner activations are recomputed in the backward pass where `gradient_checkpointing` says so."""
-        is_attention = isinstance(module, SpatialTransformer | TemporalTransformer)
-        again = self.gradient_checkpointing == "all" or (self.gradient_checkpointing == "attention" and is_attention)
-        if again and torch.is_grad_enabled():
-            return checkpoint(module, *inputs, use_reentrant=False)
-        return module(*inputs)
+
+def run(module: nn.Module, recompute: str, *inputs: Tensor) -> Tensor:
+    """The module's output. Its inner activations are kept, or computed again in the backward pass where `recompute` covers its kind."""
+    is_attention = isinstance(module, SpatialTransformer | TemporalTransformer)
+    if torch.is_grad_enabled() and (recompute == "all" or (recompute == "attention" and is_attention)):
+        return checkpoint(module, *inputs, use_reentrant=False)
+    return module(*inputs)
 
 
 class DownStage(SpatioTemporalStage):

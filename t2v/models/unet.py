@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from t2v.models.attention import check_backend
 from t2v.models.convolution import GroupNorm, SpatialConv
-from t2v.models.spatio_temporal import CHECKPOINTING, BlockSettings, DownStage, MidStage, UpStage, stages_of, temporal_transformer
+from t2v.models.spatio_temporal import CHECKPOINTING, BlockSettings, DownStage, MidStage, UpStage, run, stages_of, temporal_transformer
 from t2v.models.timestep import TimestepEmbedding
 
 INPUT_HEADS = 8  # of the input transformer, whatever its width; fixed in the released model
@@ -120,7 +120,7 @@ class VideoUNet(nn.Module):
         time = F.silu(self.time_embedding(timestep))  # (b d); every block starts by this SiLU, so it is done once
         x = self.conv_in(sample.permute(0, 2, 3, 4, 1))  # (b f h w c)
         if self.transformer_in is not None:
-            x = self.down_blocks[0].run(self.transformer_in, x)
+            x = run(self.transformer_in, self.gradient_checkpointing, x)
         skips = [x]
         for stage in self.down_blocks:
             x, outputs = stage(x, time, text)
