@@ -14,7 +14,7 @@ EXPECTED = frozenset({"filtered", "download_failed"})
 """Reasons that are counted and logged but are nobody's fault: the source's own filters, and links that were dead at download time."""
 
 
-class DataQualityError(RuntimeError):
+class DataQualityError(ValueError):
     """So much of the data is bad that training on the rest would be silently training on something else."""
 
 

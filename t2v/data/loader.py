@@ -119,8 +119,8 @@ class ClipLoader:
                 hosting,
                 batch_size=None,
                 num_workers=self.num_workers,
-                collate_fn=_as_it_is,
-                worker_init_fn=_start_worker,
+                collate_fn=as_it_is,
+                worker_init_fn=start_worker,
                 prefetch_factor=self.prefetch,
                 timeout=self.timeout,
                 multiprocessing_context=self.context,
@@ -252,10 +252,10 @@ def _cursors(state: Mapping[str, Any]) -> dict[int, Cursor]:
     return {int(reader): (int(c[0]), int(c[1]), int(c[2])) for reader, c in state.get("cursors", {}).items()}
 
 
-def _as_it_is(item: Any) -> Any:
+def as_it_is(item: Any) -> Any:
     return item
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the workers are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer

@@ -1,0 +1,149 @@
+"""Shards of videos -> shards of moments (latents.py): resumable shard by shard, divided among ranks, decoded by workers."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from t2v.data.errors import BadSample, QualityGuard, QualityLimits, ShardError
+from t2v.data.frames import VideoFrames
+from t2v.data.latents import MEMBER, HashedAutoencoder, LatentCard, pack_moments
+from t2v.data.loader import as_it_is, start_worker
+from t2v.data.raw import RawSample
+from t2v.data.readers import ClipStream, Host
+from t2v.data.shard_writer import ShardWriter
+from t2v.data.sources import Source
+from t2v.video import decode_clip
+
+
+class EncodingAutoencoder(HashedAutoencoder, Protocol):
+    def moments(self, frames: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Decoded:
+    """A whole clip at the stream's frame rate, or why there is none."""
+
+    key: str
+    caption: str = ""
+    frames: Tensor | None = None  # uint8 (f h w c)
+    reason: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of one shard."""
+
+    shard: Path
+    done: int  # shards of this rank that are finished
+    of: int
+    clips: int
+    frames: int
+    skipped: Counter[str]
+    was_there: bool
+
+
+class WholeClips(IterableDataset):
+    """The clips of one shard from their first frame to their last, `max_frames` at most; workers take turns."""
+
+    def __init__(self, source: Source, url: str, recipe: VideoFrames, max_frames: int, seed: int) -> None:
+        self.source, self.url, self.recipe, self.max_frames, self.seed = source, url, recipe, max_frames, seed
+
+    def __iter__(self) -> Iterator[Decoded]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        host = Host(QualityLimits())
+        shard = host.indexed(self.url)
+        if shard is None:
+            samples = (sample for k, sample in enumerate(host.streamed(self.url)) if k % workers == worker)
+        else:
+            samples = (shard.read(k) for k in range(worker, len(shard), workers))
+        try:
+            for sample in samples:
+                yield self._decode(sample)
+        except ShardError as error:
+            yield Decoded(self.url, reason="shard_error", detail=str(error))
+        if shard is not None and shard.error is not None and worker == 0:
+            yield Decoded(self.url, reason="shard_error", detail=str(shard.error))
+
+    def _decode(self, sample: RawSample) -> Decoded:
+        try:
+            _, data, caption = self.source.pick(sample, random.Random(f"{self.seed}/{self.source.name}/{sample.key}"))
+            r = self.recipe
+            frames, _ = decode_clip(data, num_frames=None, fps=r.fps, size=r.size, min_distinct=r.min_distinct, max_pixels=r.max_pixels)
+        except BadSample as error:
+            return Decoded(sample.key, reason=error.reason, detail=error.detail)
+        return Decoded(sample.key, caption, frames[: self.max_frames])
+
+
+def encode_shards(
+    stream: ClipStream,
+    autoencoder: EncodingAutoencoder,
+    output: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    num_workers: int = 0,
+    max_frames: int = 300,
+    on_clip: Callable[[int], None] = lambda frames: None,
+) -> Iterator[Encoded]:
+    """Encode every rank-th shard of a webvid stream into `output`; what is already there is left alone. Yields after each shard.
+
+    Raises ValueError where `output` holds other latents, DataQualityError where too much is bad.
+    """
+    recipe = stream.frames
+    if not isinstance(recipe, VideoFrames):
+        raise ValueError(f"{stream.name}: only streams of videos can be encoded, not {type(recipe).__name__}")
+    card = LatentCard(autoencoder.sha256(), autoencoder.factor, autoencoder.channels, recipe.size, float(recipe.fps))
+    card.write(output)
+    jobs = [(source, url) for source, urls in zip(stream.sources, stream.shards) for url in urls]
+    mine = range(rank, len(jobs), world)
+    guard = QualityGuard(replace(stream.limits))
+    for done, job in enumerate(mine, start=1):
+        source, url = jobs[job]
+        path = output / f"{job:05d}.tar"
+        if path.exists():
+            yield Encoded(path, done, len(mine), 0, 0, Counter(), True)
+            continue
+        frames = 0
+        dataset = WholeClips(source, url, recipe, max_frames, stream.seed)
+        clips = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=as_it_is,
+            worker_init_fn=start_worker,
+            prefetch_factor=2 if num_workers else None,
+        )
+        with ShardWriter(path) as shard:
+            for clip in clips:
+                if clip.frames is None:
+                    shard.skip(clip.reason)
+                    if clip.reason == "shard_error":
+                        guard.shard(source.name, url, ShardError(clip.detail))
+                    else:
+                        guard.bad(source.name, clip.key, BadSample(clip.reason, clip.detail))
+                    continue
+                guard.good(source.name)
+                moments = pack_moments(autoencoder.moments(clip.frames[None])[0])  # (f h w 2c)
+                fields = {
+                    "source": source.name,
+                    "shard": url.rsplit("/", 1)[-1],
+                    "key": clip.key,
+                    "frames": len(clip.frames),
+                    "fps": recipe.fps,
+                }
+                key = clip.key.replace("/", "_").replace(".", "_")
+                shard.add(key, {MEMBER: moments, "txt": clip.caption.encode(), "json": json.dumps(fields).encode()})
+                frames += len(clip.frames)
+                on_clip(len(clip.frames))
+        yield Encoded(path, done, len(mine), shard.count, frames, shard.skipped, False)

@@ -1,0 +1,79 @@
+"""Writes tar shards as img2dataset and video2dataset do: adjacent members of one key, _stats.json beside the tar. A shard appears whole."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+
+class ShardWriter:
+    """`with ShardWriter(path) as shard: shard.add(key, {suffix: bytes})`. On an error nothing is left behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self.skipped: Counter[str] = Counter()
+        self.count = self.size = 0  # samples, bytes
+        self.begin = time.time()
+
+    def __enter__(self) -> ShardWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.partial.open("wb")
+        self.tar = tarfile.open(fileobj=self.file, mode="w", format=tarfile.GNU_FORMAT)
+        return self
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        if "." in key.rsplit("/", 1)[-1]:
+            raise ValueError(f"the key {key!r} holds a dot: readers end keys at the first one")
+        for suffix, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{suffix}")
+            info.size = len(data)
+            self.tar.addfile(info, io.BytesIO(data))
+            self.size += len(data)
+        self.count += 1
+
+    def skip(self, reason: str) -> None:
+        """Count a sample that does not get in."""
+        self.skipped[reason] += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.tar.close()
+                self.file.flush()
+                os.fsync(self.file.fileno())
+        finally:
+            self.file.close()
+            if kind is not None:
+                self.partial.unlink(missing_ok=True)
+        if kind is None:
+            write_json(self.path.with_name(f"{self.path.stem}_stats.json"), self.stats())
+            self.partial.replace(self.path)
+
+    def stats(self) -> dict[str, object]:
+        """In the words of img2dataset's _stats.json; `successes` is the number of samples in the tar."""
+        return {
+            "count": self.count + self.skipped.total(),
+            "successes": self.count,
+            "bytes": self.size,
+            "start_time": self.begin,
+            "end_time": time.time(),
+            "status_dict": {"success": self.count, **self.skipped},
+        }
+
+
+def write_json(path: Path, value: object) -> None:
+    """At once or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(value, indent=1) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

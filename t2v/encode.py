@@ -1,0 +1,70 @@
+"""Encode videos once, train on their latents.
+
+    python -m t2v.encode data=webvid output=data/webvid_latents
+    torchrun --nproc-per-node 8 -m t2v.encode data=webvid output=data/webvid_latents
+    python -m t2v.train experiment=... data=webvid_latents
+
+Writes one shard of moments per shard of videos; the same command continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from t2v.configuration import entry
+
+
+def encode(cfg: DictConfig) -> None:
+    if cfg.data.get("video") is None:
+        raise ValueError("data holds no video stream: choose data=webvid, openvid, ...")
+    if not 0 <= cfg.rank < cfg.world:
+        raise ValueError(f"rank={cfg.rank} does not exist among world={cfg.world} ranks")
+    output = Path(cfg.output)
+
+    from t2v.checkpoint import require_writable
+    from t2v.data.encoding import encode_shards
+
+    require_writable(output)
+    stream = instantiate(cfg.data.video)
+
+    import torch
+
+    device = cfg.device or (f"cuda:{cfg.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    autoencoder = instantiate(cfg.autoencoder).to(device, getattr(torch, cfg.dtype or "float32"))
+    began, frames, clips, new = time.monotonic(), 0, 0, 0
+    skipped: Counter[str] = Counter()
+    for shard in encode_shards(
+        stream, autoencoder, output, rank=cfg.rank, world=cfg.world, num_workers=cfg.num_workers, max_frames=cfg.max_frames
+    ):
+        seconds = time.monotonic() - began
+        if shard.was_there:
+            print(f"[{shard.done}/{shard.of}] {shard.shard} was there", flush=True)
+            began = time.monotonic() if new == 0 else began
+            continue
+        new, clips, frames = new + 1, clips + shard.clips, frames + shard.frames
+        skipped += shard.skipped
+        left = seconds / new * (shard.of - shard.done)
+        print(
+            f"[{shard.done}/{shard.of}] {shard.shard}: {shard.clips} clips, {shard.frames} frames"
+            + (f", skipped {dict(shard.skipped)}" if shard.skipped else "")
+            + f"; {clips / seconds:.1f} clips/s, {frames / seconds:.0f} frames/s, {duration(left)} left",
+            flush=True,
+        )
+    print(f"{output}: {clips} clips, {frames} frames in {new} new shards" + (f", skipped {dict(skipped)}" if skipped else ""))
+    print(f"next: python -m t2v.train experiment=... data=webvid_latents data.video.urls={output}")
+
+
+def duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"
+
+
+main = entry("encode")(encode)
+
+if __name__ == "__main__":
+    main()

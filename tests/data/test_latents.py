@@ -1,0 +1,138 @@
+"""Latent shards hold what encoding on the fly gives, window for window; other autoencoders are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_shards import video_bytes, video_sample, write_images, write_tar
+
+from t2v.data.encoding import encode_shards
+from t2v.data.errors import BadSample
+from t2v.data.latents import LatentCard, pack_moments, read_moments, webvid_latents
+from t2v.data.loader import ClipLoader
+from t2v.data.webvid import webvid
+from t2v.video import decode_clip
+
+
+class Autoencoder:
+    """Frame by frame, 8 times smaller: block means as means, block deviations as log variances."""
+
+    factor, channels = 8, 3
+
+    def __init__(self, gain: float = 1.0) -> None:
+        self.gain = gain
+        self.calls = 0
+
+    def moments(self, frames: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        b, f, h, w, c = frames.shape
+        blocks = (frames.float() / 127.5 - 1).view(b, f, h // 8, 8, w // 8, 8, c) * self.gain
+        return torch.cat([blocks.mean((3, 5)), blocks.std((3, 5)) - 5], dim=-1)  # (b f h/8 w/8 2c)
+
+    def sha256(self) -> str:
+        return f"{self.gain:064.3f}"
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    folder = tmp_path / "videos"
+    for shard in range(3):
+        samples = [video_sample(shard * 4 + k) for k in range(4)]
+        if shard == 1:
+            samples[2][1]["mp4"] = b"<html>" * 50
+            samples[3][1]["mp4"] = video_bytes(frames=30)  # 10 frames at 3 fps only
+        write_tar(folder / f"{shard:05d}.tar", samples)
+    return folder
+
+
+def stream(folder: Path):
+    return webvid(str(folder), num_frames=6, size=16, num_readers=4, limits={"min_samples": 50})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_windows_are_those_of_the_videos(videos: Path, tmp_path: Path, workers: int) -> None:
+    autoencoder = Autoencoder()
+    shards = list(encode_shards(stream(videos), autoencoder, tmp_path / "out", num_workers=workers))
+    assert [(shard.clips, dict(shard.skipped)) for shard in shards] == [(4, {}), (3, {"video_open": 1}), (4, {})]
+    assert json.loads((tmp_path / "out/00001_stats.json").read_text())["successes"] == 3
+    latents = webvid_latents(str(tmp_path / "out"), num_frames=6, size=16, num_readers=4, buffer=3)
+    latents.check(autoencoder)
+    batches = ClipLoader(latents, global_batch=40)
+    batch = next(iter(batches))
+    assert batch.frames.shape == (40, 6, 2, 2, 6)
+    assert batch.frames.dtype == torch.float16
+    assert set(batch.keys) == {f"{k:08d}" for k in range(12) if k != 6}
+    assert len(set(batch.starts)) > 10
+    for moments, start, caption, key in zip(batch.frames, batch.starts, batch.captions, batch.keys):
+        assert caption == f"video {int(key)}"
+        data = video_bytes(frames=30) if int(key) == 7 else video_bytes()
+        frames, _ = decode_clip(data, num_frames=6, fps=3, size=16, start=start)
+        assert torch.allclose(moments.float(), autoencoder.moments(frames[None])[0], atol=4e-3)
+
+
+def test_encoding_continues_and_divides_among_ranks(videos: Path, tmp_path: Path) -> None:
+    autoencoder = Autoencoder()
+    out = tmp_path / "out"
+    first = encode_shards(stream(videos), autoencoder, out, rank=0, world=2)
+    assert next(first).shard.name == "00000.tar"
+    first.close()
+    assert sorted(path.name for path in out.iterdir()) == ["00000.tar", "00000_stats.json", "dataset.json"]
+    assert [shard.shard.name for shard in encode_shards(stream(videos), autoencoder, out, rank=1, world=2)] == ["00001.tar"]
+    before = {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    autoencoder.calls = 0
+    again = list(encode_shards(stream(videos), autoencoder, out))
+    assert [shard.was_there for shard in again] == [True, True, False]
+    assert autoencoder.calls == 4
+    assert all((out / name).read_bytes() == data for name, data in before.items())
+
+
+def test_an_error_leaves_no_half_shard(videos: Path, tmp_path: Path) -> None:
+    class Breaks(Autoencoder):
+        def moments(self, frames: torch.Tensor) -> torch.Tensor:
+            if self.calls == 2:
+                raise RuntimeError("out of memory")
+            return super().moments(frames)
+
+    with pytest.raises(RuntimeError, match="memory"):
+        list(encode_shards(stream(videos), Breaks(), tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dataset.json"]
+
+
+def test_what_does_not_fit_is_refused(videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    list(encode_shards(stream(videos), Autoencoder(), out))
+    latents = webvid_latents(str(out), num_frames=6, size=16)
+    with pytest.raises(ValueError, match="another autoencoder"):
+        latents.check(Autoencoder(gain=0.5))
+    with pytest.raises(ValueError, match="other latents"):
+        list(encode_shards(stream(videos), Autoencoder(gain=0.5), out))
+    with pytest.raises(ValueError, match="16 pixels at 3 fps, not of 32 at 3"):
+        webvid_latents(str(out), size=32)
+    with pytest.raises(ValueError, match=r"dataset.json is missing.*t2v.encode"):
+        webvid_latents(str(videos))
+    from t2v.data.laion import laion
+
+    with pytest.raises(ValueError, match="only streams of videos"):
+        list(encode_shards(laion(str(write_images(tmp_path / "images", 1, 1)), size=16), Autoencoder(), tmp_path / "o"))
+    (out / "dataset.json").write_text('{"format": 9}')
+    with pytest.raises(ValueError, match="does not describe latents"):
+        LatentCard.read(str(out))
+
+
+def test_short_clips_and_damaged_latents_are_bad_samples(videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    list(encode_shards(stream(videos), Autoencoder(), out))
+    batch = next(iter(ClipLoader(webvid_latents(str(out), num_frames=16, size=16, num_readers=2), global_batch=30)))
+    assert batch.bad == {("webvid_latents", "video_too_short"): batch.bad.total()}
+    assert set(batch.keys) == {f"{k:08d}" for k in range(12) if k not in (6, 7)}
+    for data in (b"", b"nothing", pack_moments(torch.zeros(2, 2, 2, 6))[:-40]):
+        with pytest.raises(BadSample, match="latent_open"):
+            read_moments(data)
+    with pytest.raises(ValueError, match="not finite"):
+        pack_moments(torch.full((1, 1, 1, 2), 1e6))
+    assert read_moments(pack_moments(torch.full((1, 1, 1, 2), 90.0))).tolist() == [[[[90.0, 20.0]]]]
+    assert np.float16 == read_moments(pack_moments(torch.zeros(1, 1, 1, 2))).dtype
