@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2v import weights
 from t2v.metrics.resize import centre_crop, pillow_bicubic, short_side
 
 MODELS = {  # our name: open_clip's; OpenAI's models use the quick GELU
@@ -56,14 +57,8 @@ def load(name: str, path: Path) -> Clip:
     """A model of `MODELS` in float32 from OpenAI's own file (TorchScript: trusted by its hash first), or a safetensors or weights-only
     state dict in open_clip's names."""
     import open_clip
-    from safetensors.torch import load_file
 
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    elif is_torchscript(path):
-        state = torch.jit.load(path, map_location="cpu").state_dict()
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.jit.load(path, map_location="cpu").state_dict() if is_torchscript(path) else weights.read(path)
     for extra in ("input_resolution", "context_length", "vocab_size"):
         state.pop(extra, None)
     network = open_clip.create_model(MODELS[name], pretrained=None, precision="fp32", load_weights=False)

@@ -17,9 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from t2v import weights
+from t2v.metrics.clip import is_torchscript
 from t2v.metrics.crc32c import crc32c
 from t2v.metrics.i3d import MIXED, InceptionI3d
 
@@ -117,11 +118,9 @@ def build(state: Mapping[str, Tensor]) -> InceptionI3d:
 
 def read(path: Path) -> dict[str, Tensor]:
     """The 230 tensors from a file that was already trusted (see `t2v.metrics.weights`), by its kind."""
-    if path.suffix == ".safetensors":
-        return from_piergiaj(load_file(path))
-    if path.name.startswith("i3d_torchscript"):
+    if is_torchscript(path):
         return from_hassony2(torch.jit.load(path, map_location="cpu").state_dict())
-    return from_piergiaj(torch.load(path, map_location="cpu", weights_only=True))
+    return from_piergiaj(weights.read(path))
 
 
 def wrong_checksums(state: Mapping[str, Tensor], expected: Mapping[str, str] | None = None) -> list[str]:

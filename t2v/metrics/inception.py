@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC, InceptionD, InceptionE
 
+from t2v import weights
+
 SIZE = 299
 WIDTH = 2048
 
@@ -80,7 +82,7 @@ class FidInception(nn.Module):
 
 def load(path: Path) -> FidInception:
     """The network with torch-fidelity's or pytorch-fid's file, already trusted; frozen and in evaluation mode."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = weights.read(path)
     with torch.device("meta"):
         network = FidInception()
     state = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
