@@ -32,8 +32,10 @@ def expand(name: str, url: str) -> list[str]:
             found += sorted(glob.glob(os.path.join(glob.escape(item), "*.tar")))
         elif any(letter in item for letter in "*?["):
             found += sorted(glob.glob(item))
-        else:
+        elif item.endswith(SHARD_SUFFIXES):
             found.append(item)
+        else:
+            raise ValueError(f"{name}: {item} does not exist; a folder of .tar files is expected there, see `paths` in the configuration")
     if not found:
         raise ValueError(
             f"{name}: no shards at {url}. A folder of .tar files as img2dataset or video2dataset write them is expected; "

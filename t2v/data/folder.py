@@ -15,7 +15,7 @@ from t2v.data.errors import ShardError
 from t2v.data.raw import RawSample
 
 ROWS = 256  # at most, per pretended shard
-FILE_COLUMNS = ("file", "path", "file_name", "filename", "video", "image", "video_path")
+FILE_COLUMNS = ("file", "path", "file_name", "filename", "video", "image", "video_path", "vid", "video_id", "videoid", "id")
 TEXT_COLUMNS = ("caption", "text", "title", "name", "sentence")
 
 
@@ -31,10 +31,18 @@ def table_shards(path: str) -> list[str]:
 
 @lru_cache(maxsize=4)
 def read_table(path: str) -> tuple[list[dict[str, Any]], str]:
-    """The rows of a .csv (with a header) or .jsonl, and the column that names the files, relative to the table."""
+    """The rows of a .csv (with a header), .jsonl or .json (a list of objects, or file -> caption), and the column that names the files."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file)) if path.endswith(".csv") else [json.loads(line) for line in file if line.strip()]
+            if path.endswith(".csv"):
+                rows = list(csv.DictReader(file))
+            elif path.endswith(".jsonl"):
+                rows = [json.loads(line) for line in file if line.strip()]
+            else:
+                content = json.load(file)
+                rows = [{"file": name, "caption": text} for name, text in content.items()] if isinstance(content, dict) else content
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("its rows are not objects")
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(f"{path}: unreadable: {error}") from error
     columns = list(rows[0]) if rows else []
@@ -42,6 +50,11 @@ def read_table(path: str) -> tuple[list[dict[str, Any]], str]:
     if rows and column is None:
         raise ValueError(f"{path}: no column names the files: expected one of {', '.join(FILE_COLUMNS)}, found {', '.join(columns)}")
     return rows, column or ""
+
+
+def caption_of(row: dict[str, Any]) -> str:
+    text = next((row[column] for column in TEXT_COLUMNS if row.get(column)), "")
+    return text if isinstance(text, str) else ""
 
 
 class FolderRows:
@@ -66,8 +79,8 @@ class FolderRows:
         name = str(row[self.column])
         key, suffix = os.path.splitext(name)
         members = {"json": json.dumps(row).encode()}
-        text = next((row[column] for column in TEXT_COLUMNS if row.get(column)), None)
-        if isinstance(text, str):
+        text = caption_of(row)
+        if text:
             members["txt"] = text.encode()
         try:
             with open(os.path.join(os.path.dirname(self.path), name), "rb") as file:

@@ -1,0 +1,49 @@
+"""Make training shards of a folder of files, of zips, or of other shards.
+
+    python -m t2v.repack source=clips captions=clips/captions.csv output=data/webvid
+    python -m t2v.repack source=data/webvid output=data/webvid_288 recode=true workers=16
+
+Writes 00000.tar, 00000_stats.json, ... as video2dataset does; the same command continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from t2v.configuration import entry
+
+
+def repack(cfg: DictConfig) -> None:
+    from t2v.checkpoint import require_writable
+    from t2v.data import repacking
+
+    source, output = Path(cfg.source), Path(cfg.output)
+    if source.resolve() == output.resolve():
+        raise ValueError(f"source and output are both {source}: shards are never changed in place")
+    entries = repacking.find(source, None if cfg.captions is None else Path(cfg.captions))
+    require_writable(output)
+    recode = repacking.Recode(cfg.size, float(cfg.fps), cfg.gop, cfg.crf) if cfg.recode else None
+    print(f"{len(entries)} files", flush=True)
+    begin, samples, size = time.monotonic(), 0, 0
+    skipped: Counter[str] = Counter()
+    for shard in repacking.repack(entries, output, per_shard=cfg.per_shard, recode=recode, segment=cfg.segment, workers=cfg.workers):
+        samples, size, skipped = samples + shard.samples, size + shard.size, skipped + shard.skipped
+        state = "was there" if shard.was_there else f"{shard.samples} samples, {shard.size / 1e6:.1f} MB"
+        print(
+            f"[{shard.done}/{shard.of}] {shard.path}: {state}" + (f", skipped {dict(shard.skipped)}" if shard.skipped else ""), flush=True
+        )
+        for example in shard.examples:
+            print(f"    {example}")
+    rate = samples / max(1e-9, time.monotonic() - begin)
+    print(f"{output}: {samples} new samples, {size / 1e6:.1f} MB, {rate:.1f} a second" + (f", skipped {dict(skipped)}" if skipped else ""))
+    print(f"next: python -m t2v.inspect data=webvid paths.webvid={output}")
+
+
+main = entry("repack")(repack)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Files, zips and shards become shards that the readers read; damaged files are counted; an interrupted run continues."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from made_shards import image_bytes, video_bytes, video_sample, write_tar
+
+from t2v.data.loader import ClipLoader
+from t2v.data.repacking import Recode, _segments, find, repack
+from t2v.data.shards import LocalTar
+from t2v.data.webvid import webvid
+from t2v.video import decode_clip, probe
+
+
+def samples(folder: Path) -> list[tuple[str, str, dict]]:
+    """(suffixes, caption, json) of every sample."""
+    found = []
+    for path in sorted(folder.glob("*.tar")):
+        tar = LocalTar(str(path))
+        for sample in map(tar.read, range(len(tar))):
+            found.append((" ".join(sample.members), sample.members["txt"].decode(), sample.fields))
+    return found
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    folder = tmp_path / "clips"
+    (folder / "deep").mkdir(parents=True)
+    for number in range(5):
+        (folder / f"deep/{number}.mp4").write_bytes(video_bytes() if number != 3 else b"<html>" * 99)
+    (folder / "captions.csv").write_text("video,caption,score\n" + "".join(f"{number}.mp4,video {number},0.5\n" for number in range(6)))
+    return folder
+
+
+def test_a_folder_with_a_table(clips: Path, tmp_path: Path) -> None:
+    entries = find(clips, clips / "captions.csv")
+    assert [entry.name for entry in entries] == [f"deep/{number}.mp4" for number in range(5)]
+    shards = list(repack(entries, tmp_path / "out", per_shard=2))
+    assert [(shard.samples, dict(shard.skipped)) for shard in shards] == [(2, {}), (1, {"video_open": 1}), (1, {})]
+    assert "deep/3.mp4" in shards[1].examples[0]
+    found = samples(tmp_path / "out")
+    assert [caption for _, caption, _ in found] == [f"video {number}" for number in (0, 1, 2, 4)]
+    assert all(suffixes == "mp4 txt json" for suffixes, _, _ in found)
+    assert found[1][2] == found[1][2] | {"score": "0.5", "file": "deep/1.mp4", "status": "success", "duration": 7.917}
+    assert json.loads((tmp_path / "out/00001_stats.json").read_text())["status_dict"] == {"success": 1, "video_open": 1}
+    batch = next(iter(ClipLoader(webvid(str(tmp_path / "out"), size=16, num_readers=2), global_batch=8)))
+    assert set(batch.captions) == {f"video {number}" for number in (0, 1, 2, 4)}
+
+
+def test_zips_and_json_captions(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    with zipfile.ZipFile(source / "part_1.zip", "w") as file:
+        file.writestr("a/x_1.mp4", video_bytes())
+        file.writestr("a/readme.md", "no")
+    with zipfile.ZipFile(source / "part_2.zip", "w") as file:
+        file.writestr("b/y.png", image_bytes(7))
+    (tmp_path / "captions.json").write_text(json.dumps([{"vid": "x_1", "caption": "ein Zug"}, {"vid": "y", "caption": "sieben"}]))
+    list(repack(find(source, tmp_path / "captions.json"), tmp_path / "out"))
+    assert [(suffixes, caption) for suffixes, caption, _ in samples(tmp_path / "out")] == [
+        ("mp4 txt json", "ein Zug"),
+        ("png txt json", "sieben"),
+    ]
+    (source / "broken.zip").write_bytes(b"PK nothing")
+    with pytest.raises(ValueError, match=r"broken.zip: not a readable zip"):
+        find(source, tmp_path / "captions.json")
+
+
+def test_captions_beside_the_files(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(3):
+        (source / f"{number}.webm").write_bytes(b"x")
+    (source / "0.txt").write_text("zero")
+    (source / "1.json").write_text('{"caption": "one", "n": 1}')
+    assert [(entry.name, entry.fields["caption"]) for entry in find(source)] == [("0.webm", "zero"), ("1.webm", "one")]
+
+
+def test_what_cannot_be_found_is_said(clips: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a folder"):
+        find(tmp_path / "none")
+    with pytest.raises(ValueError, match="5 media files, but no captions"):
+        find(clips)
+    (clips / "1.mp4").write_bytes(video_bytes())
+    with pytest.raises(ValueError, match=r"'x/1.mp4' may be 1.mp4 or deep/1.mp4"):
+        find(clips, _table(clips, "x/1.mp4"))
+    with pytest.raises(ValueError, match="none of the 1 files"):
+        find(clips, _table(clips, "other.mp4"))
+    with pytest.raises(ValueError, match="recode=true"):
+        list(repack([], tmp_path / "out", segment=3))
+
+
+def _table(folder: Path, name: str) -> Path:
+    path = folder / f"{name.replace('/', '_')}.csv"
+    path.write_text(f"file,caption\n{name},c\n")
+    return path
+
+
+def test_recoding_keeps_the_moments_and_shortens_the_groups(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in/00000.tar", [video_sample(number) for number in range(3)])
+    list(repack(find(tmp_path / "in"), tmp_path / "out", recode=Recode(size=32, fps=6, gop=6, crf=10)))
+    tar = LocalTar(str(tmp_path / "out/00000.tar"))
+    assert len(tar) == 3
+    data = tar.read(1).members["mp4"]
+    info = probe(data)
+    assert (info.width, info.height, info.frames) == (32, 32, 48)
+    assert info.keyframes >= 8
+    for start in (0.0, 0.5, 2 + 1 / 3):
+        new, _ = decode_clip(data, size=16, num_frames=12, start=start)
+        old, _ = decode_clip(video_bytes(), size=16, num_frames=12, start=start)
+        assert (new.float() - old.float()).abs().mean() < 4
+    assert samples(tmp_path / "out")[1][1] == "video 1"
+
+
+def test_long_videos_are_cut(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in/00000.tar", [video_sample(number) for number in range(2)])
+    list(repack(find(tmp_path / "in"), tmp_path / "out", recode=Recode(size=32, fps=6), segment=3))
+    found = samples(tmp_path / "out")
+    assert [(fields["key"], fields["begin"]) for _, _, fields in found[:2]] == [("0000000000_00000", 0.0), ("0000000000_00001", 3.0)]
+    assert [fields["begin"] for _, _, fields in found] == [0.0, 3.0, 6.0] * 2
+    tar = LocalTar(str(tmp_path / "out/00000.tar"))
+    second, _ = decode_clip(tar.read(1).members["mp4"], size=16, num_frames=6)
+    assert torch.allclose(second.float(), decode_clip(video_bytes(), size=16, num_frames=6, start=3.0)[0].float(), atol=12)
+    assert _segments(10, 4) == [(0, 4), (4, 4), (8, 2)]
+    assert _segments(9, 4) == [(0, 4), (4, 4)]
+    assert _segments(3, 4) == [(0.0, 3)]
+
+
+def test_it_continues(clips: Path, tmp_path: Path) -> None:
+    entries = find(clips, clips / "captions.csv")
+    first = repack(entries, tmp_path / "out", per_shard=2)
+    next(first)
+    first.close()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.tar", "00000_stats.json"]
+    assert [shard.was_there for shard in repack(entries, tmp_path / "out", per_shard=2, workers=2)] == [True, False, False]
+    assert len(samples(tmp_path / "out")) == 4
