@@ -116,12 +116,19 @@ class ModelCard:
                 raise CardError(f"sample.{name} is {sample[name]!r}, it must lie in 1..{limit}")
         sampler = _mapping(card["sampler"], "sampler", required={"scheduler", "num_steps", "guidance"}, optional={"spacing"})
         _numbers(sampler["guidance"], "sampler.guidance", {"scale"})
+        for key in sampler.keys() & {"scheduler", "spacing"}:
+            if not isinstance(sampler[key], str):
+                raise CardError(f"sampler.{key} is {_short(sampler[key])}, not a name")
+        schedule = _numbers(card["schedule"], "schedule", {"num_timesteps", "beta_start", "beta_end"})
+        for where, count in (("sampler.num_steps", sampler["num_steps"]), ("schedule.num_timesteps", schedule["num_timesteps"])):
+            if not _is_int(count) or not 1 <= count <= MAX_SIZE:
+                raise CardError(f"{where} is {_short(count)}, it must lie in 1..{MAX_SIZE}")
         _plain(card.get("notes", {}), "notes")
         return cls(
             unet=_part(card["unet"], "unet", UNETS, hashed=False),
             autoencoder=_part(card["autoencoder"], "autoencoder", AUTOENCODERS, hashed=True),
             text_encoder=_part(card["text_encoder"], "text_encoder", TEXT_ENCODERS, hashed=True),
-            schedule=_numbers(card["schedule"], "schedule", {"num_timesteps", "beta_start", "beta_end"}),
+            schedule=schedule,
             sampler=sampler,
             sample=sample,
             step=card["step"],
