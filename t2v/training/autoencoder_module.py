@@ -1,0 +1,165 @@
+"""The training of the small autoencoder of `shapes`: python -m t2v.train experiment=shapes_autoencoder
+
+Every other experiment takes a trained autoencoder ("VQGAN" in Eqs. 1 and 2 of the paper) and keeps it frozen. This one makes one:
+diffusers' AutoencoderKL on single frames, reconstruction plus a small KL term, without a discriminator, which flat shapes do not need.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from t2v.batch import ClipBatch
+from t2v.data.checker import Score, score
+from t2v.data.shapes import held_out_images, held_out_specs, render
+from t2v.diffusion.randomness import normal
+from t2v.training.ema import EMA
+from t2v.training.mixture import StepPlan
+
+
+class AutoencoderModule(LightningModule):
+    """Learns to reconstruct the frames of the batch, each frame for itself; images and videos weigh as the mixture says."""
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderKL,
+        optimizer: Callable[[Iterable[Any]], Optimizer],
+        lr_schedule: Callable[[int], float],
+        ema: EMA,
+        kl_weight: float = 1e-4,
+        initial_log_variance: float = -6.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if kl_weight < 0:
+            raise ValueError(f"module.kl_weight is {kl_weight}: it is the weight of the KL term per latent value, at least 0")
+        self.autoencoder = autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
+        with torch.no_grad():  # a posterior of variance 1 would drown the latents at first
+            latent_channels = self.autoencoder.config["latent_channels"]
+            self.autoencoder.quant_conv.bias[latent_channels:] = initial_log_variance
+        self.average = copy.deepcopy(self.autoencoder).eval().requires_grad_(False)
+        self.make_optimizer = optimizer
+        self.lr_schedule = lr_schedule
+        self.ema = ema
+        self.kl_weight = kl_weight
+        self.seed = seed
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.autoencoder.parameters())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.lr_schedule), "interval": "step"}}
+
+    @property
+    def plan(self) -> StepPlan:
+        return self.trainer.datamodule.plan(self.trainer.world_size)  # type: ignore[attr-defined]
+
+    def losses(self, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames (b c h w) in [-1, 1], noise like the latents -> reconstruction and KL terms, each (b,)."""
+        posterior = self.autoencoder.encode(frames).latent_dist
+        difference = self.autoencoder.decode(posterior.mean + posterior.std * noise).sample - frames
+        # mostly squared: an absolute error is content with the background where a small shape may or may not be
+        reconstruction = (difference.square() + 0.1 * difference.abs()).mean((1, 2, 3))
+        return reconstruction, posterior.kl() / noise[0].numel()
+
+    def training_step(self, batch: dict[str, ClipBatch], batch_idx: int) -> Tensor:
+        plan = self.plan
+        loss = torch.zeros((), device=self.device)
+        for stream, clips in batch.items():
+            if len(clips) == 0:
+                continue
+            b, f, h, w, _ = clips.frames.shape
+            frames = to_unit(clips.frames)  # (b f c h w)
+            factor = 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)
+            keys = [(self.seed, "posterior", self.global_step, stream, index) for index in clips.indices]
+            noise = normal(keys, (f, self.autoencoder.config["latent_channels"], h // factor, w // factor)).to(self.device)
+            reconstruction, kl = self.losses(frames.flatten(0, 1), noise.flatten(0, 1))  # (b*f,)
+            loss = loss + plan.scale(stream) * (reconstruction + self.kl_weight * kl).sum() / f
+            self.log_dict({f"loss/{stream}": reconstruction.detach().mean(), f"kl/{stream}": kl.detach().mean()}, batch_size=b)
+        self.log("optimizer/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        self.trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The average follows at once, before any callback can save it."""
+        super().optimizer_step(*args, **kwargs)
+        self.ema.update(self.average, self.autoencoder, self.global_step + 1)
+
+
+class AutoencoderScore(Callback):
+    """At the end: what the average is worth on held-out frames, and <run>/autoencoder: a diffusers folder in half precision, its
+    scaling_factor the measured 1 / (standard deviation of the latents)."""
+
+    def __init__(self, clips: int = 96, images: int = 512, frames: int = 16, fps: float = 3.0, size: int = 64, seed: int = 1) -> None:
+        self.clips, self.images, self.frames, self.fps, self.size, self.seed = clips, images, frames, fps, size, seed
+
+    def evaluate(self, trainer: Trainer, module: LightningModule) -> str:
+        assert isinstance(module, AutoencoderModule)
+        stored = copy.deepcopy(module.average).half()  # what is kept is what is measured
+        model = copy.deepcopy(stored).float()
+        report = measure(model, clips=self.clips, images=self.images, frames=self.frames, fps=self.fps, size=self.size, seed=self.seed)
+        stored.register_to_config(scaling_factor=round(1 / report["latent_std"], 4))
+        if trainer.is_global_zero:
+            stored.save_pretrained(Path(trainer.default_root_dir) / "autoencoder")
+            (Path(trainer.default_root_dir) / "autoencoder_score.json").write_text(json.dumps(report, indent=1) + "\n")
+        for name, value in report.items():
+            trainer.callback_metrics[f"autoencoder/{name}"] = torch.tensor(value)
+        lines = [
+            "| on held-out frames | |",
+            "|---|---|",
+            *(f"| {name.replace('_', ' ')} | {value:.4g} |" for name, value in report.items()),
+        ]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def measure(
+    model: AutoencoderKL, *, clips: int = 96, images: int = 512, frames: int = 16, fps: float = 3.0, size: int = 64, seed: int = 1
+) -> dict[str, float]:
+    """Reconstruct (from posterior means) held-out clips, of seen and unseen pairs and of what only images show, and held-out images.
+
+    PSNR in dB of the mean squared error over all frames, and of the worst frame. `checker_*`: the share of samples with all attributes
+    right, on originals and on reconstructions. Latents: mean and standard deviation of posterior samples before scaling.
+    """
+    specs = held_out_specs(clips - clips // 3, seed) + held_out_specs(clips // 3, seed, "image_only")
+    report: dict[str, float] = {}
+    latents = []
+    for name, chosen in (("clips", specs), ("images", held_out_images(images, seed))):
+        truth = [render(spec, frames, fps, size) for spec in chosen]
+        pictures = []
+        for some in truth:
+            posterior = model.encode(to_unit(some).to(model.device)).latent_dist
+            latents.append(posterior.sample(torch.Generator(model.device).manual_seed(seed)).flatten())
+            pictures.append(from_unit(model.decode(posterior.mean).sample).cpu())
+        errors = torch.cat([(a.float() - b.float()).square().mean((1, 2, 3)) for a, b in zip(truth, pictures)])  # (frames,)
+        report[f"psnr_{name}"] = psnr(float(errors.mean()))
+        report[f"psnr_{name}_worst_frame"] = psnr(float(errors.max()))
+        table: Score = score(pictures, chosen, fps, real=truth)
+        report[f"checker_{name}_original"], report[f"checker_{name}_reconstructed"] = table["all"].ceiling, table["all"].accuracy
+    values = torch.cat(latents)
+    report["latent_mean"], report["latent_std"] = float(values.mean()), float(values.std())
+    return report
+
+
+def to_unit(frames: Tensor) -> Tensor:
+    """uint8 (... h w c) -> float (... c h w) in [-1, 1]."""
+    return frames.movedim(-1, -3).float() / 127.5 - 1
+
+
+def from_unit(frames: Tensor) -> Tensor:
+    """float (... c h w) in [-1, 1] -> uint8 (... h w c)."""
+    return ((frames + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)
+
+
+def psnr(squared_error: float) -> float:
+    """In dB, of a mean squared error on the scale of 0..255."""
+    return 10 * math.log10(255**2 / max(squared_error, 1e-6))
