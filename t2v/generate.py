@@ -9,6 +9,8 @@ Writes one mp4 a prompt, and a contact sheet where there are several; conf/gener
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import sys
 import time
@@ -37,6 +39,8 @@ def generate(cfg: DictConfig) -> None:
         raise ValueError(f"weights={cfg.weights} says no format: write weights=diffusers:DIR or weights=modelscope:DIR, or checkpoint=PATH")
     output = Path(cfg.output)
 
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # it reports at every import what it cannot do on this machine
     from t2v import checkpoint
 
     checkpoint.require_writable(output)
@@ -59,7 +63,7 @@ def generate(cfg: DictConfig) -> None:
     for path in write(videos, prompts, output, cfg.seed, fps):
         print(path)
     f, h, w = videos.shape[1:4]
-    print(f"{len(prompts)} video{'s' * (len(prompts) > 1)} of {f} frames of {w} x {h} in {seconds:.1f} s")
+    print(f"{len(prompts)} video{'s' * (len(prompts) > 1)} of {f} frame{'s' * (f > 1)} of {w} x {h} in {seconds:.1f} s")
 
 
 def read_prompts(prompt: object, path: str | None) -> list[str]:
