@@ -18,6 +18,7 @@ import shutil
 import socket
 import sys
 import tarfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -146,7 +147,7 @@ def write_folder(folder: Path, settings: Settings, processes: int) -> None:
         write = partial(write_shard, temporary, settings)
         if processes > 1 and settings.num_shards > 1:
             # spawn: the caller may have threads (torch), which a forked child would not
-            with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), end_with_parent) as pool:
                 list(pool.map(write, range(settings.num_shards)))
         else:
             for shard in range(settings.num_shards):
@@ -159,6 +160,18 @@ def write_folder(folder: Path, settings: Settings, processes: int) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def end_with_parent() -> None:
+    """In a worker: if the process that hands out the work is killed, do not wait for more of it for ever."""
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

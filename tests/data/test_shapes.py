@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -119,6 +123,35 @@ def test_left_overs_of_a_killed_process_are_not_taken_for_shards(tmp_path: Path,
     folder = prepare(tmp_path, settings, processes=1)
     assert sorted(contents(folder)) == ["00000.tar", "00000_stats.json", "00001.tar", "00001_stats.json", COMPLETE]
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [folder]
+
+
+def test_killed_outright_it_leaves_neither_processes_nor_half_a_folder(tmp_path: Path) -> None:
+    settings = Settings("video", 4000, samples_per_shard=40)
+    code = f"from t2v.data.shapes import Settings, prepare\nif __name__ == '__main__': prepare({str(tmp_path)!r}, {settings!r})"
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".video-*/*.tar")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert list(tmp_path.glob(".video-*/*.tar")), "it had begun to write"
+    while members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not members(process.pid)
+    assert not (tmp_path / settings.folder).exists()
+
+
+def members(session: int) -> list[int]:
+    """Processes of that session which still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(its) == session and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def test_of_two_that_start_at_once_one_writes_and_both_read_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
