@@ -192,26 +192,42 @@ def _start(start: Start, slack: float) -> Fraction:
 
 
 def _decode(container: Any, stream: Any, wanted: set[int], keyframes: list[int], size: int | None) -> dict[int, Pixels]:
-    context = stream.codec_context
-    skippable = context.name in SKIPPABLE
+    """Frames that share a keyframe are decoded together; what lies between the last of them and the next such keyframe is not touched."""
+    groups: dict[int, set[int]] = {}
+    for time in sorted(wanted):
+        groups.setdefault(bisect_right(keyframes, time), set()).add(time)
     pictures: dict[int, Pixels] = {}
     convert: _Converter | None = None
     try:
-        for packet in _packets_from(container, stream, min(wanted), keyframes):
-            if skippable:
-                context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
-            for frame in packet.decode():
-                if frame.pts not in wanted or frame.pts in pictures:
+        for group in groups.values():
+            for frame in _frames(container, stream, group, keyframes):
+                if frame.pts not in group or frame.pts in pictures:
                     continue
                 if frame.is_corrupt:
                     raise BadSample("video_corrupt_frame", f"pts {frame.pts}")
                 convert = convert or _Converter(frame, size)
                 pictures[frame.pts] = convert(frame)
-            if len(pictures) == len(wanted):
-                return pictures
     except av.FFmpegError as error:
         raise BadSample("video_decode", repr(error)) from error
-    raise BadSample("video_missing_frames", f"{len(pictures)} of {len(wanted)}")
+    if len(pictures) < len(wanted):
+        raise BadSample("video_missing_frames", f"{len(pictures)} of {len(wanted)}")
+    return pictures
+
+
+def _frames(container: Any, stream: Any, wanted: set[int], keyframes: list[int]) -> Iterator[Any]:
+    """Decoded frames, the wanted ones among them. A frame's references precede it in the file, so once the packets of all wanted frames
+    are in, the decoder is drained."""
+    context = stream.codec_context
+    skippable = context.name in SKIPPABLE
+    missing = set(wanted)
+    for packet in _packets_from(container, stream, min(wanted), keyframes):
+        if skippable:
+            context.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in wanted else "NONREF"
+        yield from packet.decode()
+        missing.discard(packet.pts)
+        if not missing:
+            yield from context.decode(None)
+            return
 
 
 def _packets_from(container: Any, stream: Any, time: int, keyframes: list[int]) -> Iterator[Any]:
@@ -238,6 +254,7 @@ class _Converter:
     def __init__(self, frame: Any, size: int | None) -> None:
         self.layout = (frame.width, frame.height, frame.format.name)
         self.graph = av.filter.Graph()  # the filters hold weak links only: dropping the graph would crash the process
+        self.graph.threads = 1
         self.source = self.graph.add_buffer(
             width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
         )
@@ -278,28 +295,31 @@ def write_mp4(
     crf: int = 18,
     gop: int | None = None,
     preset: str = "medium",
+    tune: str | None = None,
     rotation: int = 0,
 ) -> None:
     """Write uint8 frames (f h w c) as H.264 in yuv420p, which every player knows. Odd sizes are padded to even ones by repeating the last
     row or column. A path appears only when the file is whole. One thread, so that the bytes do not depend on the machine's cores.
-    `rotation` (90, 180, 270) only sets the display tag; `gop` is the largest distance between keyframes (x264's 250 if None)."""
+    `tune` is one of x264's (fastdecode). `rotation` (90, 180, 270) only sets the display tag; `gop` is the
+    largest distance between keyframes (x264's 250 if None)."""
     pixels = _pixels(frames)
+    chosen = {"crf": str(crf), "preset": preset, "g": None if gop is None else str(gop), "tune": tune}
+    options = {name: value for name, value in chosen.items() if value is not None}
     if isinstance(target, str | os.PathLike):
         path = Path(target)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            _encode(str(partial), pixels, fps, crf, gop, preset, rotation)
+            _encode(str(partial), pixels, fps, options, rotation)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
     else:
-        _encode(target, pixels, fps, crf, gop, preset, rotation)
+        _encode(target, pixels, fps, options, rotation)
 
 
-def _encode(target: str | BinaryIO, pixels: Pixels, fps: float, crf: int, gop: int | None, preset: str, rotation: int) -> None:
+def _encode(target: str | BinaryIO, pixels: Pixels, fps: float, options: dict[str, str], rotation: int) -> None:
     height, width = pixels.shape[1:3]
     pixels = np.pad(pixels, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    options = {"crf": str(crf), "preset": preset} | ({} if gop is None else {"g": str(gop)})
     movflags = {"movflags": "+faststart"} if isinstance(target, str) else {}  # it reopens the file by its name
     with av.open(target, mode="w", format="mp4", options=movflags) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
