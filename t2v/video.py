@@ -263,6 +263,8 @@ class _Converter:
             side = max(2, min(frame.width, frame.height) // 2 * 2)
             left, top = (frame.width - side) // 2 & ~1, (frame.height - side) // 2 & ~1  # even: chroma is subsampled
             steps += [self.graph.add("crop", f"{side}:{side}:{left}:{top}"), self.graph.add("scale", f"{size}:{size}:flags=bilinear")]
+            if frame.format.name in ("yuv420p", "yuvj420p"):  # first the size, then the colours: nearer to exact, and 2 times faster
+                steps += [self.graph.add("format", f"pix_fmts={frame.format.name}"), self.graph.add("scale", "flags=bilinear")]
         turns = round(frame.rotation / 90) % 4
         if turns == 2:
             steps += [self.graph.add("hflip"), self.graph.add("vflip")]
