@@ -8,6 +8,8 @@ because CUDA's attention kernels take at most 65,535 batches, which b * n would 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,8 +47,10 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width or width, inner, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(inner, width)])
 
-    def split(self, x: Tensor, *shape: int) -> Tensor:
-        return x.view(*shape, self.heads, self.head_dim)
+    def project(self, x: Tensor, names: str) -> tuple[Tensor, ...]:
+        """`names` of "q", "k", "v": (... d) -> as many (... h d)."""
+        layers = (getattr(self, f"to_{name}") for name in names)
+        return tuple(layer(x).unflatten(-1, (self.heads, self.head_dim)) for layer in layers)
 
 
 class SpatialAttention(Attention):
@@ -54,7 +58,7 @@ class SpatialAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         b, f, n, _ = x.shape
-        q, k, v = (self.split(project(x), b * f, n) for project in (self.to_q, self.to_k, self.to_v))
+        q, k, v = self.project(x.flatten(0, 1), "qkv")
         return self.to_out[0](attend(q, k, v).reshape(b, f, n, -1))
 
 
@@ -63,8 +67,8 @@ class TextAttention(Attention):
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         b, f, n, _ = x.shape
-        q = self.split(self.to_q(x), b, f * n)
-        k, v = (self.split(project(text), b, text.shape[1]) for project in (self.to_k, self.to_v))
+        (q,) = self.project(x.flatten(1, 2), "q")
+        k, v = self.project(text, "kv")
         return self.to_out[0](attend(q, k, v).reshape(b, f, n, -1))
 
 
@@ -85,16 +89,16 @@ class TemporalAttention(Attention):
         if f == 1:  # the softmax over one key is 1
             y = self.to_out[0](self.to_v(x))
             return y + self.untouched(x) if torch.is_grad_enabled() else y
-        q, k, v = (self.split(project(x), b, f, n) for project in (self.to_q, self.to_k, self.to_v))
+        q, k, v = self.project(x, "qkv")
         return self.to_out[0](self.attend_over_frames(q, k, v).reshape(b, f, n, -1))
 
     def attend_over_frames(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(b f n h d) each -> (b f n h d)."""
-        step = MAX_GRID // self.heads
-        parts = [
-            attend(*(t.flatten(2, 3) for t in part)) for part in zip(q.split(step, 2), k.split(step, 2), v.split(step, 2))
-        ]  # (b f (n h) d)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        step = max(1, MAX_GRID // self.heads)
+        if q.shape[2] <= step:
+            return attend(*(t.flatten(2, 3) for t in (q, k, v)))  # (b f (n h) d)
+        parts = zip(q.split(step, 2), k.split(step, 2), v.split(step, 2), strict=True)
+        return torch.cat([attend(*(t.flatten(2, 3) for t in part)) for part in parts], 2)
 
     def untouched(self, x: Tensor) -> Tensor:
         """An exact zero through the projections of queries and keys, which one frame does not need: their gradients are 0, not None."""
@@ -119,8 +123,31 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * width_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return GatedGelu.apply(self.proj(x))
+
+
+class GatedGelu(torch.autograd.Function):
+    """value * gelu(gate) for x = (value, gate). Plain autograd would join the two gradients by a copy.
+
+    gelu(gate) is computed again in the backward pass on a GPU, where memory is scarce, and kept on a CPU, where erf is slow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        gelu = F.gelu(gate)
+        ctx.save_for_backward(x, gelu if x.device.type == "cpu" else None)
+        return value * gelu
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, gelu = ctx.saved_tensors
+        value, gate = x.chunk(2, dim=-1)
+        result = torch.empty_like(x)
+        to_value, to_gate = result.chunk(2, dim=-1)
+        to_value.copy_(grad * (F.gelu(gate) if gelu is None else gelu))
+        to_gate.copy_(torch.ops.aten.gelu_backward(grad * value, gate))
+        return result
 
 
 class ZeroLinear(nn.Linear):

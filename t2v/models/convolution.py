@@ -6,6 +6,7 @@ convolution, a temporal convolution and a matrix product all read the same memor
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +24,21 @@ class GroupNorm(nn.GroupNorm):
         y = x.reshape(b, f, h * w, c) if self.over_frames else x.reshape(b * f, h, w, c)
         y = F.group_norm(y.permute(0, 3, 1, 2), self.num_groups, self.weight, self.bias, self.eps)
         return y.permute(0, 2, 3, 1).reshape(b, f, h, w, c)
+
+
+class Dropout(nn.Dropout):
+    """Dropout whose random numbers on a CPU are 16 bits each: torch's own draws them one by one and would be the slowest layer of all.
+
+    There the rate is rounded to a multiple of 1/65536, and the survivors are scaled by that rate, so that the mean is exact.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().forward(x)
+        dropped = round(self.p * 65_536)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), 2**63 - 1).view(torch.int16)
+        kept = bits[: x.numel()].view(x.shape) >= dropped - 32_768
+        return torch.where(kept, x, 0.0) * (65_536 / (65_536 - dropped))
 
 
 class SpatialConv(nn.Conv2d):
@@ -81,7 +97,7 @@ class SpatialConvBlock(nn.Module):
         self.conv1 = SpatialConv(channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_width, out_channels)
         self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = SpatialConv(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = PointwiseConv(channels, out_channels) if channels != out_channels else None
         self.scale = scale
@@ -102,7 +118,7 @@ class TemporalConvBlock(nn.Module):
         super().__init__()
         for i in range(1, num_convs + 1):  # conv1, conv2, ...: diffusers' names and positions; its first has no dropout
             layers = [GroupNorm(groups, channels, over_frames=True), nn.SiLU()]
-            layers += [nn.Dropout(dropout)] if i > 1 else []
+            layers += [Dropout(dropout)] if i > 1 else []
             self.add_module(f"conv{i}", nn.Sequential(*layers, TemporalConv(channels, zero=i == num_convs)))
 
     def forward(self, x: Tensor) -> Tensor:
