@@ -72,6 +72,7 @@ class Protocol:
 
     name: str
     metrics: tuple[str, ...]
+    dataset: str = "msrvtt"
     num_videos: int | None = None
     captions: Literal["one", "all"] = "one"
     num_frames: int = 16
@@ -136,6 +137,8 @@ def select(dataset: Dataset, protocol: Protocol) -> Manifest:
     by_video: dict[str, list[Captioned]] = {}
     for sentence in dataset.sentences:
         by_video.setdefault(sentence.video_id, []).append(sentence)
+    if dataset.name != protocol.dataset:
+        raise ValueError(f"protocol {protocol.name} is on {protocol.dataset}, it was given {dataset.name}.")
     seed, count = protocol.seed, protocol.num_videos or len(by_video)
     if len(by_video) < max(count, MIN_VIDEOS):
         raise ValueError(

@@ -3,7 +3,7 @@
     python -m t2v.evaluation.train_shapes_features [FILE]
 
 One run, fixed seed, CPU. FILE defaults to the shipped t2v/pretrained/shapes_features/model.safetensors. Clips are drawn straight from the
-generator, not through H.264; light noise and blur keep the network from living on codec details.
+generator, not through H.264; light noise keeps the network from living on exact colours.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ CLASSES = {
     "speed": list(SPEEDS),
 }
 FRAMES, FPS = 16, 3.0
-POOL, STEPS, BATCH = 3000, 1200, 32
+POOL, STEPS, BATCH = 2000, 1100, 32
 
 
 def clip(spec: Spec) -> Tensor:
-    """uint8 (f h w c), drawn at twice the network's size."""
-    return torch.stack([torch.from_numpy(draw(spec, 0.5 + k / FPS, 2 * SIZE, 2 * SIZE)) for k in range(FRAMES)])
+    """uint8 (f h w c), drawn at the network's size."""
+    return torch.stack([torch.from_numpy(draw(spec, 0.5 + k / FPS, SIZE, SIZE)) for k in range(FRAMES)])
 
 
 def labels(specs: list[Spec]) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ def train(path: Path) -> None:
     print(f"{POOL} clips drawn in {time.perf_counter() - began:.0f} s", flush=True)
     network = ShapesNetwork({name: len(values) for name, values in CLASSES.items()})
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=STEPS)
     for step in range(STEPS):
         rows = torch.randint(POOL, (BATCH,), generator=generator)
         guess = network.logits(augment(clips[rows], generator))

@@ -1,7 +1,7 @@
 """A small video network for the shapes data set: features for `fvd_shapes`, where no pretrained network can be had offline.
 
-It was trained by this repository (`python -m t2v.evaluation.train_shapes_features`) to name colour, shape, background, direction and speed of
-procedural clips. Its distance says nothing about natural videos and is never called FVD.
+It was trained by this repository (`python -m t2v.evaluation.train_shapes_features`) to name colour, shape, background, direction and
+speed of procedural clips. Its distance says nothing about natural videos and is never called FVD.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class ShapesNetwork(nn.Module):
 
     def __init__(self, classes: dict[str, int] | None = None) -> None:
         super().__init__()
-        widths = (24, 48, 64)
+        widths = (32, 48, 64)
         self.pictures = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip((5, *widths[:-1]), widths)
+            nn.Conv2d(a, b, k, stride=2, padding=k // 2) for a, b, k in zip((5, *widths[:-1]), widths, (5, 3, 3))
         )  # 5: colours and the two coordinates, without which a centre cannot be read off
         self.squeeze = nn.Linear(64 * 16, 64)
         self.time = nn.ModuleList([nn.Conv1d(64, 64, 3, padding=1), nn.Conv1d(64, 64, 3, padding=1)])

@@ -44,6 +44,11 @@ KNOWN: dict[str, Weights] = {
         {"ViT-B-32.pt": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"},
     ),
 }
+SOURCES = {  # fetched only with download=true; the Hugging Face Hub has no copy that anyone vouches for
+    "inception_v3": "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    "clip_vit_b32": "https://openaipublic.azureedge.net/clip/models/"
+    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+}
 GIT_BLOBS = {"i3d_pretrained_400.pt": i3d_weights.PRETRAINED_400_BLOB}  # no sha256 was published; git's hash was
 
 
@@ -62,15 +67,32 @@ class Found:
 def find(name: str, path: str | Path | None = None, download: bool = False) -> Path:
     """The file of a metric's network; besides `t2v.weights`' places, those where torch.hub and OpenAI's clip leave theirs."""
     spec = KNOWN[name]
-    if path is None:
-        try:
-            return locate(spec, name)
-        except WeightsError:
-            for folder in (Path(torch.hub.get_dir()) / "checkpoints", Path.home() / ".cache" / "clip"):
-                for file in spec.files:
-                    if (folder / file).is_file():
-                        return folder / file
-    return locate(spec, name, path, download=download)
+    if path is not None:
+        return locate(spec, name, path)
+    hub, own = Path(torch.hub.get_dir()) / "checkpoints", Path.home() / ".cache" / "clip"
+    try:
+        return locate(spec, name)
+    except WeightsError as error:
+        for folder in (hub, own):
+            for file in spec.files:
+                if (folder / file).is_file():
+                    return folder / file
+        if name in SOURCES and download:
+            return fetch(name, hub)
+        if name in SOURCES:
+            raise WeightsError(f"{error}. Nor in {hub} or {own}. Published at {SOURCES[name]}") from error
+    return locate(spec, name, download=download)
+
+
+def fetch(name: str, folder: Path) -> Path:
+    """Download a published file; a wrong hash leaves nothing behind."""
+    target = folder / KNOWN[name].files[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(SOURCES[name], str(target), hash_prefix=(KNOWN[name].sha256 or {})[target.name])
+    except (OSError, RuntimeError) as error:
+        raise WeightsError(f"{name} could not be fetched from {SOURCES[name]}: {error}. Fetch it elsewhere and give its path.") from error
+    return target
 
 
 def verify(name: str, path: Path) -> Found:

@@ -22,7 +22,7 @@ class Paper:
     """A data set of captions alone."""
 
     sentences: list[Sentence]
-    name: str = "paper"
+    name: str = "msrvtt"
     recipe: str = "none"
     fingerprint: str = "0" * 64
 
@@ -51,7 +51,7 @@ GOLDEN = [
     ("video35", 353),
 ]
 GOLDEN_SEED = 4431954584727193545
-GOLDEN_MANIFEST = "eb98dfdb8a02de892edc4d891dd77acfe30767cc04034983b81e3d4a98842d78"
+GOLDEN_MANIFEST = "c2ef4bed0ae4f59e1a65a99cb2249c0cb428bc8e52a047bc0b46ab9f577cc1d4"
 
 
 def test_golden() -> None:
@@ -95,8 +95,10 @@ def test_manifest_survives_a_file(tmp_path: Path) -> None:
 
 
 def test_fewer_videos_than_the_preset_counts_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"counts 2048 videos, paper has 40.*num_videos=40"):
+    with pytest.raises(ValueError, match=r"counts 2048 videos, msrvtt has 40.*num_videos=40"):
         select(Paper(sentences()), protocol(num_videos=2048))
+    with pytest.raises(ValueError, match="is on shapes, it was given msrvtt"):
+        select(Paper(sentences()), protocol(dataset="shapes"))
     with pytest.raises(ValueError, match="fewer than 8"):
         protocol(num_videos=4)
 

@@ -71,9 +71,7 @@ class TestOracles:
         got = frechet_distance(a, b)
         root = np.real(sqrtm(a.covariance.numpy() @ b.covariance.numpy()))
         scipy = float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace()) - 2 * np.trace(root)
-        tolerance = (
-            1e-9 if n > d else 1e-5
-        )  # few samples: the product's root is ill-conditioned for SciPy
+        tolerance = 1e-9 if n > d else 1e-5  # few samples: the product's root is ill-conditioned for SciPy
         assert got == pytest.approx(scipy, rel=tolerance)
         assert got == pytest.approx(float(_compute_fid(a.mean, a.covariance, b.mean, b.covariance)), rel=tolerance)
         assert got == pytest.approx(frechet_distance_of_few(x, y), rel=1e-6)
