@@ -73,12 +73,14 @@ def decode_clip(
     short: Literal["skip", "loop", "slow"] = "skip",
     min_distinct: float = 0.75,
     max_pixels: int = MAX_PIXELS,
+    backend: Literal["pyav", "torchcodec"] = "pyav",
 ) -> tuple[Tensor, float]:
     """The frames on screen at start + k / fps seconds: (uint8 (f h w c), start in seconds after the first frame).
 
     `num_frames=None` takes all that fit after `start`; `fps=None` takes every frame as it is. `size` crops the middle square and
     scales it to size x size; None keeps the picture whole. Rotation tags are applied. `short` says what becomes of a video that does
-    not last (num_frames - 1) / fps seconds: refused, played again from its start, or slowed down to last.
+    not last (num_frames - 1) / fps seconds: refused, played again from its start, or slowed down to last. `backend="torchcodec"` decodes
+    the same frames with that library (optional; its scaling differs by about 1/255).
     Raises BadSample: video_empty, _open, _no_stream, _no_dims, _too_large, _too_long, _demux, _too_short, _too_few_frames (fewer than
     `min_distinct` of the frames differ: a slide show), _corrupt_frame, _missing_frames, _decode, _seek, _size_change.
     """
@@ -90,6 +92,8 @@ def decode_clip(
         distinct = set(wanted)
         if short == "skip" and fps is not None and len(distinct) < min_distinct * len(wanted):
             raise BadSample("video_too_few_frames", f"{len(distinct)} distinct of {len(wanted)}")
+        if backend == "torchcodec":
+            return _decode_torchcodec(data, [float(time * stream.time_base) for time in wanted], size), begin
         pictures = _decode(container, stream, distinct, keyframes, size)
         frames = np.stack([pictures[time] for time in wanted])  # (f h w c)
     return torch.from_numpy(frames), begin
@@ -228,6 +232,28 @@ def _frames(container: Any, stream: Any, wanted: set[int], keyframes: list[int])
         if not missing:
             yield from context.decode(None)
             return
+
+
+def _decode_torchcodec(data: bytes, seconds: list[float], size: int | None) -> Tensor:
+    """The frames at presentation times `seconds`: uint8 (f h w c)."""
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ValueError(
+            "backend=torchcodec: torchcodec is not installed, or finds no FFmpeg: pip install 't2v[torchcodec]' and FFmpeg 4 to 8, "
+            f"or take backend=pyav ({str(error).splitlines()[0]})"
+        ) from error
+    try:
+        decoder = VideoDecoder(data, dimension_order="NCHW", num_ffmpeg_threads=1)
+        frames = decoder.get_frames_played_at([time + 1e-5 for time in seconds]).data  # (f c h w); past the rounding of the times
+    except (RuntimeError, ValueError, IndexError) as error:  # all that it raises on damaged files
+        raise BadSample("video_decode", f"torchcodec: {str(error).splitlines()[0]}") from error
+    if size is not None:
+        side = min(frames.shape[2:])
+        top, left = (frames.shape[2] - side) // 2, (frames.shape[3] - side) // 2
+        square = frames[:, :, top : top + side, left : left + side]
+        frames = torch.nn.functional.interpolate(square, (size, size), mode="bilinear", antialias=True)
+    return frames.permute(0, 2, 3, 1).contiguous()
 
 
 def _packets_from(container: Any, stream: Any, time: int, keyframes: list[int]) -> Iterator[Any]:

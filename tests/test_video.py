@@ -239,3 +239,20 @@ def test_contact_sheet_places_videos_over_captions() -> None:
     assert (sheet[0, 38:60, :40] < 128).any()  # letters under the first
     with pytest.raises(ValueError, match="caption"):
         contact_sheet(videos, ["one"])
+
+
+def test_torchcodec_gives_the_same_frames_or_says_what_is_missing(long_video: bytes) -> None:
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, RuntimeError, OSError):
+        with pytest.raises(ValueError, match=r"t2v\[torchcodec\].*backend=pyav"):
+            decode_clip(long_video, size=64, backend="torchcodec")
+        return
+    clip, start = decode_clip(long_video, size=64, start=1.25, backend="torchcodec")
+    assert start == 1.25
+    assert numbers(clip) == [int(37.5 + 10 * k) for k in range(16)]
+    variable = encode(numbered(130), "libx264", [40 * k for k in range(100)] + [4000 + 100 * k for k in range(30)])
+    clips = [decode_clip(variable, size=64, start=1.0, backend=backend)[0] for backend in ("pyav", "torchcodec")]
+    assert numbers(clips[0]) == numbers(clips[1])
+    with pytest.raises(BadSample, match="video_open"):
+        decode_clip(b"<html>" * 99, backend="torchcodec")

@@ -72,6 +72,7 @@ class VideoFrames:
     short: Literal["skip", "loop", "slow"] = "skip"
     min_distinct: float = 0.75
     max_pixels: int = 4096 * 2304
+    backend: Literal["pyav", "torchcodec"] = "pyav"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -87,6 +88,7 @@ class VideoFrames:
             short=self.short,
             min_distinct=self.min_distinct,
             max_pixels=self.max_pixels,
+            backend=self.backend,
         )
 
 

@@ -28,6 +28,7 @@ def webvid(
     keep_uncaptioned: bool = False,
     min_distinct: float = 0.75,
     max_pixels: int = 4096 * 2304,
+    backend: Literal["pyav", "torchcodec"] = "pyav",
     num_readers: int = 64,
     buffer: int = 100,
     seed: int = 0,
@@ -36,6 +37,8 @@ def webvid(
     """A stream of clips uint8 (num_frames size size 3) from random starts. `sources` as in t2v.data.laion.laion."""
     if short not in ("skip", "loop", "slow"):
         raise ValueError(f"{name}: short={short!r} is none of skip, loop, slow")
+    if backend not in ("pyav", "torchcodec"):
+        raise ValueError(f"{name}: backend={backend!r} is neither pyav nor torchcodec")
     defaults = {"media": media, "caption": caption, "filters": filters, "keep_uncaptioned": keep_uncaptioned}
-    frames = VideoFrames(num_frames, fps, size, short, min_distinct, max_pixels)
+    frames = VideoFrames(num_frames, fps, size, short, min_distinct, max_pixels, backend)
     return ClipStream(name, describe(name, urls, sources, defaults), frames, num_readers, buffer, seed, QualityLimits(**(limits or {})))
