@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -39,6 +40,8 @@ class AutoencoderModule(LightningModule):
         ema: EMA,
         kl_weight: float = 1e-4,
         initial_log_variance: float = -6.0,
+        window: int = 0,
+        window_steps: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -48,11 +51,17 @@ class AutoencoderModule(LightningModule):
         with torch.no_grad():  # a posterior of variance 1 would drown the latents at first
             latent_channels = self.autoencoder.config["latent_channels"]
             self.autoencoder.quant_conv.bias[latent_channels:] = initial_log_variance
+            for layer in self.autoencoder.modules():  # at first every residual block passes on what it gets
+                if isinstance(layer, ResnetBlock2D):
+                    for parameter in layer.conv2.parameters():
+                        parameter.zero_()
         self.average = copy.deepcopy(self.autoencoder).eval().requires_grad_(False)
         self.make_optimizer = optimizer
         self.lr_schedule = lr_schedule
         self.ema = ema
         self.kl_weight = kl_weight
+        self.window = window  # pixels; for the first `window_steps` steps only the busiest window of each frame is learned from
+        self.window_steps = window_steps
         self.seed = seed
 
     def configure_optimizers(self) -> Any:
@@ -77,12 +86,15 @@ class AutoencoderModule(LightningModule):
         for stream, clips in batch.items():
             if len(clips) == 0:
                 continue
-            b, f, h, w, _ = clips.frames.shape
-            frames = to_unit(clips.frames)  # (b f c h w)
+            b, f = clips.frames.shape[:2]
+            frames = to_unit(clips.frames).flatten(0, 1)  # (b*f c h w)
+            if self.global_step < self.window_steps:
+                frames = busiest(frames, self.window)
+            h, w = frames.shape[-2:]
             factor = 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)
             keys = [(self.seed, "posterior", self.global_step, stream, index) for index in clips.indices]
             noise = normal(keys, (f, self.autoencoder.config["latent_channels"], h // factor, w // factor)).to(self.device)
-            reconstruction, kl = self.losses(frames.flatten(0, 1), noise.flatten(0, 1))  # (b*f,)
+            reconstruction, kl = self.losses(frames, noise.flatten(0, 1))  # (b*f,)
             loss = loss + plan.scale(stream) * (reconstruction + self.kl_weight * kl).sum() / f
             self.log_dict({f"loss/{stream}": reconstruction.detach().mean(), f"kl/{stream}": kl.detach().mean()}, batch_size=b)
         self.log("optimizer/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
@@ -158,6 +170,14 @@ def to_unit(frames: Tensor) -> Tensor:
 def from_unit(frames: Tensor) -> Tensor:
     """float (... c h w) in [-1, 1] -> uint8 (... h w c)."""
     return ((frames + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)
+
+
+def busiest(frames: Tensor, side: int) -> Tensor:
+    """(b c h w) -> (b c side side): of the windows half a side apart, the one that varies most. Flat background teaches little."""
+    windows = frames.unfold(2, side, side // 2).unfold(3, side, side // 2)  # (b c rows columns side side)
+    windows = windows.permute(0, 2, 3, 1, 4, 5).flatten(1, 2)  # (b n c side side)
+    best = windows.var((3, 4)).sum(2).argmax(1)
+    return windows[torch.arange(len(frames), device=frames.device), best]
 
 
 def psnr(squared_error: float) -> float:

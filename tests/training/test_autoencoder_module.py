@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from pytorch_lightning import Trainer
+
+from t2v.batch import ClipBatch
+from t2v.data.laion import laion
+from t2v.data.shapes import shards
+from t2v.data.webvid import webvid
+from t2v.models.autoencoder import Autoencoder
+from t2v.training.autoencoder_module import AutoencoderModule, AutoencoderScore, from_unit, measure, psnr, to_unit
+from t2v.training.datamodules import LAIONDataModule, MixtureDataModule, WebVidDataModule
+from t2v.training.ema import EMA
+from t2v.training.learning_rate import constant
+from t2v.training.mixture import JointMixture
+
+
+def tiny_module(kl_weight: float = 1e-4) -> AutoencoderModule:
+    torch.manual_seed(0)
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8),
+        norm_num_groups=2,
+        mid_block_add_attention=False,
+        sample_size=64,
+    )
+    return AutoencoderModule(model, partial(torch.optim.AdamW, lr=3e-3), constant(), EMA(0.9), kl_weight)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> MixtureDataModule:
+    root = tmp_path_factory.mktemp("shapes")
+    images = laion(shards(root, "image", 32, samples_per_shard=16, processes=1), size=64, num_readers=2)
+    videos = webvid(shards(root, "video", 8, samples_per_shard=4, processes=1), size=64, num_frames=2, num_readers=2)
+    return MixtureDataModule(
+        JointMixture(0.75),
+        LAIONDataModule(images, batch=6, micro_batch=6, num_workers=0),
+        WebVidDataModule(videos, batch=2, micro_batch=2, num_workers=0),
+    )
+
+
+def fit(module: AutoencoderModule, data: MixtureDataModule, steps: int, folder: Path) -> Trainer:
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, datamodule=data)
+    return trainer
+
+
+def test_frames_to_unit_range_and_back_are_exact() -> None:
+    frames = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 16, 16, 3)
+    unit = to_unit(frames)
+    assert unit.shape == (1, 3, 16, 16)
+    assert (unit.min(), unit.max()) == (-1, 1)
+    assert torch.equal(from_unit(unit), frames)
+    assert from_unit(torch.tensor([-3.0, 3.0]).reshape(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+
+
+def test_psnr_of_known_errors() -> None:
+    assert psnr(255**2) == 0
+    assert psnr(65.025) == pytest.approx(30)
+    assert math.isfinite(psnr(0))
+
+
+def test_the_posterior_starts_narrow_and_kl_is_per_latent_value() -> None:
+    module = tiny_module()
+    frames = torch.zeros(2, 3, 64, 64)
+    posterior = module.autoencoder.encode(frames).latent_dist
+    assert (posterior.std < 0.2).all()
+    reconstruction, kl = module.losses(frames, torch.zeros_like(posterior.mean))
+    expected = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar)
+    assert reconstruction.shape == kl.shape == (2,)
+    assert torch.allclose(kl, expected.mean((1, 2, 3)), rtol=1e-4)
+    with pytest.raises(ValueError, match="kl_weight"):
+        tiny_module(kl_weight=-1.0)
+
+
+def test_it_learns_weighs_the_streams_and_moves_the_average(data: MixtureDataModule, tmp_path: Path) -> None:
+    module = tiny_module()
+    first = {name: weight.clone() for name, weight in module.average.state_dict().items()}
+    seen: list[float] = []
+    step = module.training_step
+
+    def watched(batch: dict[str, ClipBatch], batch_idx: int) -> torch.Tensor:
+        assert {name: len(clips) for name, clips in batch.items()} == {"image": 6, "video": 2}
+        loss = step(batch, batch_idx)
+        if not seen:
+            logged = module.trainer.callback_metrics
+            parts = {name: logged[f"loss/{name}"] + module.kl_weight * logged[f"kl/{name}"] for name in batch}
+            assert float(loss.detach()) == pytest.approx(float(0.75 * parts["image"] + 0.25 * parts["video"]), rel=1e-4)
+        seen.append(float(loss.detach()))
+        return loss
+
+    module.training_step = watched  # type: ignore[method-assign]
+    trainer = fit(module, data, 12, tmp_path)
+    assert trainer.global_step == 12
+    assert sum(seen[-3:]) < 0.7 * sum(seen[:3])
+    changed = [not torch.equal(first[name], weight) for name, weight in module.average.state_dict().items()]
+    assert all(changed)
+    assert any(not torch.equal(a, b) for a, b in zip(module.average.parameters(), module.autoencoder.parameters()))
+
+
+def test_the_score_writes_a_folder_that_the_frozen_autoencoder_reads(data: MixtureDataModule, tmp_path: Path) -> None:
+    module = tiny_module()
+    trainer = fit(module, data, 2, tmp_path)
+    table = AutoencoderScore(clips=6, images=4, frames=2).evaluate(trainer, module)
+    assert "psnr clips" in table
+    report = json.loads((tmp_path / "autoencoder_score.json").read_text())
+    assert report["checker_clips_original"] == 1.0
+    assert report["psnr_clips"] >= report["psnr_clips_worst_frame"]
+    assert float(trainer.callback_metrics["autoencoder/psnr_clips"]) == pytest.approx(report["psnr_clips"])
+    autoencoder = Autoencoder.from_pretrained(tmp_path / "autoencoder")
+    assert (autoencoder.factor, autoencoder.channels) == (8, 4)
+    assert autoencoder.scaling_factor == pytest.approx(1 / report["latent_std"], rel=1e-3)
+
+
+SHIPPED = "package:shapes_autoencoder"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Autoencoder:
+    return Autoencoder.from_pretrained(SHIPPED)
+
+
+def test_the_shipped_autoencoder_meets_its_figures_on_fresh_frames(shipped: Autoencoder) -> None:
+    report = measure(shipped.model, clips=36, images=96, frames=8, seed=77)
+    assert report["psnr_clips"] >= 30, report
+    assert report["psnr_images"] >= 30, report
+    assert report["checker_clips_reconstructed"] >= 0.99 * report["checker_clips_original"], report
+    assert report["checker_images_reconstructed"] >= 0.98 * report["checker_images_original"], report  # one of 96 may fail
+    assert shipped.scaling_factor * report["latent_std"] == pytest.approx(1, abs=0.05)
+    assert abs(report["latent_mean"]) * shipped.scaling_factor < 0.5
+
+
+def test_the_shipped_autoencoder_is_small_and_its_two_stages_give_unit_latents(shipped: Autoencoder) -> None:
+    from t2v.data.shapes import held_out_specs, render
+
+    assert sum(p.numel() for p in shipped.model.parameters()) < 1e6
+    frames = torch.stack([render(spec, 8) for spec in held_out_specs(4, seed=78)])
+    moments = shipped.moments(frames)
+    assert moments.shape == (4, 8, 8, 8, 8)
+    latents = shipped.sample(moments, torch.randn(4, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert float(latents.std()) == pytest.approx(1, abs=0.15)
+    assert psnr(float((shipped.decode(latents).float() - frames.float()).square().mean())) >= 29  # also from samples, not only from means
