@@ -121,7 +121,7 @@ def ours(data: bytes, start: float) -> Tensor:
 
 def plain_seek(data: bytes, start: float) -> Tensor:
     """What most training code does with PyAV: seek to the keyframe before, decode everything, resize with torch."""
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), mode="r") as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         wanted = [start + k / 3 for k in range(16)]
@@ -198,21 +198,25 @@ def contents(count: int) -> Iterator[np.ndarray]:
 
 
 def _played(path: Path) -> np.ndarray:
-    with av.open(str(path)) as container:
+    with av.open(str(path), mode="r") as container:
         stills = [frame.to_ndarray(format="rgb24", width=WIDTH, height=HEIGHT) for frame in container.decode(video=0)]
     order = [*range(len(stills)), *range(len(stills) - 2, 0, -1)]
     return np.stack([stills[order[k % len(order)]] for k in range(FPS * SECONDS)])
 
 
-def drawn(seed: int) -> np.ndarray:
-    """A texture that drifts and zooms, with grain, at about WebVid's bit rate."""
+def drawn(seed: int, seconds: int = SECONDS) -> np.ndarray:
+    """A texture that drifts, with grain, at about WebVid's bit rate."""
     rng = np.random.default_rng(seed)
-    base = sum(np.kron(rng.normal(0, 3 * scale, (1024 // scale, 1024 // scale, 3)), np.ones((scale, scale, 1))) for scale in (2, 4, 8, 16))
+    base = np.zeros((1024, 1024, 3), np.float32)
+    for scale in (2, 4, 8, 16):
+        base += np.kron(rng.normal(0, 3 * scale, (1024 // scale, 1024 // scale, 3)), np.ones((scale, scale, 1)))
     base = (base - base.min()) / np.ptp(base) * 255
-    frames = np.empty((FPS * SECONDS, HEIGHT, WIDTH, 3), np.uint8)
+    grain = rng.normal(0, 1.5, (HEIGHT + 64, WIDTH + 64, 1)).astype(np.float32)
+    frames = np.empty((FPS * seconds, HEIGHT, WIDTH, 3), np.uint8)
     for k in range(len(frames)):
         y, x = int(170 + 160 * np.sin(k / 97)), int(200 + 190 * np.sin(k / 71 + seed))
-        frames[k] = np.clip(base[y : y + HEIGHT, x : x + WIDTH] + rng.normal(0, 1.5, (HEIGHT, WIDTH, 1)), 0, 255)
+        down, right = rng.integers(0, 64, 2)
+        frames[k] = np.clip(base[y : y + HEIGHT, x : x + WIDTH] + grain[down : down + HEIGHT, right : right + WIDTH], 0, 255)
     return frames
 
 
