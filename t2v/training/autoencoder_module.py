@@ -47,6 +47,9 @@ class AutoencoderModule(LightningModule):
         super().__init__()
         if kl_weight < 0:
             raise ValueError(f"module.kl_weight is {kl_weight}: it is the weight of the KL term per latent value, at least 0")
+        self.factor = 2 ** (len(autoencoder.config["block_out_channels"]) - 1)  # pixels per latent pixel
+        if window_steps and (window < self.factor or window % self.factor):
+            raise ValueError(f"module.window is {window}: the autoencoder's factor {self.factor} must divide it, unless window_steps is 0")
         self.autoencoder = autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
         with torch.no_grad():  # a posterior of variance 1 would drown the latents at first
             latent_channels = self.autoencoder.config["latent_channels"]
@@ -91,9 +94,8 @@ class AutoencoderModule(LightningModule):
             if self.global_step < self.window_steps:
                 frames = busiest(frames, self.window)
             h, w = frames.shape[-2:]
-            factor = 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)
             keys = [(self.seed, "posterior", self.global_step, stream, index) for index in clips.indices]
-            noise = normal(keys, (f, self.autoencoder.config["latent_channels"], h // factor, w // factor)).to(self.device)
+            noise = normal(keys, (f, self.autoencoder.config["latent_channels"], h // self.factor, w // self.factor)).to(self.device)
             reconstruction, kl = self.losses(frames, noise.flatten(0, 1))  # (b*f,)
             loss = loss + plan.scale(stream) * (reconstruction + self.kl_weight * kl).sum() / f
             self.log_dict({f"loss/{stream}": reconstruction.detach().mean(), f"kl/{stream}": kl.detach().mean()}, batch_size=b)

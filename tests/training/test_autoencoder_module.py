@@ -15,14 +15,14 @@ from t2v.data.laion import laion
 from t2v.data.shapes import shards
 from t2v.data.webvid import webvid
 from t2v.models.autoencoder import Autoencoder
-from t2v.training.autoencoder_module import AutoencoderModule, AutoencoderScore, from_unit, measure, psnr, to_unit
+from t2v.training.autoencoder_module import AutoencoderModule, AutoencoderScore, busiest, from_unit, measure, psnr, to_unit
 from t2v.training.datamodules import LAIONDataModule, MixtureDataModule, WebVidDataModule
 from t2v.training.ema import EMA
 from t2v.training.learning_rate import constant
 from t2v.training.mixture import JointMixture
 
 
-def tiny_module(kl_weight: float = 1e-4) -> AutoencoderModule:
+def tiny_module(kl_weight: float = 1e-4, **arguments: int) -> AutoencoderModule:
     torch.manual_seed(0)
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -32,7 +32,7 @@ def tiny_module(kl_weight: float = 1e-4) -> AutoencoderModule:
         mid_block_add_attention=False,
         sample_size=64,
     )
-    return AutoencoderModule(model, partial(torch.optim.AdamW, lr=3e-3), constant(), EMA(0.9), kl_weight)
+    return AutoencoderModule(model, partial(torch.optim.AdamW, lr=3e-3), constant(), EMA(0.9), kl_weight, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,28 @@ def test_the_posterior_starts_narrow_and_kl_is_per_latent_value() -> None:
     assert torch.allclose(kl, expected.mean((1, 2, 3)), rtol=1e-4)
     with pytest.raises(ValueError, match="kl_weight"):
         tiny_module(kl_weight=-1.0)
+
+
+def test_the_busiest_window_is_the_one_with_the_shape() -> None:
+    frames = torch.full((3, 3, 64, 64), -0.5)
+    frames[0, :, 2:10, 50:60] = 1.0
+    frames[1, 0, 28:36, 28:36] = 1.0
+    windows = busiest(frames, 32)
+    assert windows.shape == (3, 3, 32, 32)
+    assert torch.equal(windows[0], frames[0, :, :32, 32:])
+    assert torch.equal(windows[1], frames[1, :, 16:48, 16:48])
+    assert (windows[2] == -0.5).all()
+    with pytest.raises(ValueError, match="window"):
+        tiny_module(window=20, window_steps=1)
+
+
+def test_windows_first_then_whole_frames(data: MixtureDataModule, tmp_path: Path) -> None:
+    module = tiny_module(window=32, window_steps=2)
+    sizes: list[int] = []
+    losses = module.losses
+    module.losses = lambda frames, noise: (sizes.append(frames.shape[-1]), losses(frames, noise))[1]  # type: ignore[method-assign]
+    fit(module, data, 3, tmp_path)
+    assert sizes == [32, 32, 32, 32, 64, 64]  # two streams a step
 
 
 def test_it_learns_weighs_the_streams_and_moves_the_average(data: MixtureDataModule, tmp_path: Path) -> None:
