@@ -1,0 +1,66 @@
+"""Write a checkpoint in the format of others.
+
+    python -m t2v.export checkpoint=experiments/base_256/runs/1a2b3c4d format=diffusers output=exported
+    python -m t2v.export weights=modelscope:DIR format=diffusers output=exported
+
+diffusers: a folder that TextToVideoSDPipeline loads. modelscope: the folder of ModelScope's own library. conf/export.yaml has every option.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from t2v.configuration import entry
+
+FORMATS = ("diffusers", "modelscope")
+
+
+def export(cfg: DictConfig) -> None:
+    if cfg.format not in FORMATS:
+        raise ValueError(f"format={cfg.format} is unknown; write format={' or format='.join(FORMATS)}")
+    if (cfg.checkpoint is None) == (cfg.weights is None):
+        raise ValueError("say what to export: checkpoint=PATH, or weights=diffusers:DIR or weights=modelscope:DIR (one of them)")
+    output = Path(cfg.output)
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"output={output} is not empty: give a new folder")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # it reports at every import what it cannot do on this machine
+
+    import torch
+
+    from t2v import checkpoint
+    from t2v.models import diffusers_folder, modelscope_folder
+
+    types = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if cfg.dtype not in types:
+        raise ValueError(f"dtype={cfg.dtype} is unknown; there are {', '.join(types)}")
+    kind, folder = checkpoint.split_place(cfg.checkpoint or cfg.weights)
+    options = {"autoencoder": cfg.autoencoder, "text_encoder": cfg.text_encoder}
+    if kind is None:
+        unet, frozen, card = checkpoint.read_model(folder, cfg.ema, **options)
+        schedule = card.schedule
+    else:
+        model = checkpoint.read_foreign(kind, folder, **options)
+        unet, frozen, schedule = model.unet, model.frozen, model.schedule
+    write = diffusers_folder.write if cfg.format == "diffusers" else modelscope_folder.write
+    unfinished = output.with_name(output.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        write(unfinished, unet, frozen, schedule, types[cfg.dtype])
+        if output.exists():
+            output.rmdir()
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(f"{cfg.format} folder written: {output}")
+
+
+main = entry("export")(export)
+
+if __name__ == "__main__":
+    main()
