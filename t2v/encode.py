@@ -9,6 +9,7 @@ Writes one shard of moments per shard of videos; the same command continues wher
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,8 @@ from t2v.configuration import entry
 def encode(cfg: DictConfig) -> None:
     if cfg.data.get("video") is None:
         raise ValueError("data holds no video stream: choose data=webvid, openvid, ...")
+    if cfg.dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={cfg.dtype} is none of float32, bfloat16, float16")
     if not 0 <= cfg.rank < cfg.world:
         raise ValueError(f"rank={cfg.rank} does not exist among world={cfg.world} ranks")
     output = Path(cfg.output)
@@ -34,8 +37,11 @@ def encode(cfg: DictConfig) -> None:
 
     import torch
 
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # it reports at every import what it cannot do on this machine
     device = cfg.device or (f"cuda:{cfg.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
-    autoencoder = instantiate(cfg.autoencoder).to(device, getattr(torch, cfg.dtype or "float32"))
+    autoencoder = instantiate(cfg.autoencoder).to(device)
+    if cfg.dtype is not None:
+        autoencoder = autoencoder.to(dtype=getattr(torch, cfg.dtype))
     began, frames, clips, new = time.monotonic(), 0, 0, 0
     skipped: Counter[str] = Counter()
     for shard in encode_shards(

@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from made_shards import video_bytes
+import pytest
+from made_shards import video_bytes, video_sample, write_tar
 
 
 def run(folder: Path, *arguments: str) -> tuple[int, str]:
@@ -31,3 +32,49 @@ def test_one_line_for_a_mistake(tmp_path: Path) -> None:
     assert code == 1
     assert text.strip().startswith("error: webvid: none does not exist")
     assert len(text.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("preset", ["laion_webvid", "relaion", "datacomp", "openvid", "panda70m", "folder", "webvid_latents"])
+def test_presets_fit_the_readers(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They fail on the missing data, with one line, not on their configuration."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    from t2v.configuration import config_dir
+
+    monkeypatch.setenv("T2V_DATA", "none")
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        data = compose("inspect", overrides=[f"data={preset}"]).data
+    assert set(data) <= {"image", "video"}
+    for node in data.values():
+        with pytest.raises(InstantiationException) as caught:
+            instantiate(node)
+        assert isinstance(caught.value.__cause__, ValueError)
+        assert "does not exist" in str(caught.value.__cause__)
+
+
+@pytest.mark.slow
+def test_encode_continues(tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    sizes = {"block_out_channels": (8,) * 4, "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    AutoencoderKL(**sizes, norm_num_groups=4, layers_per_block=1).save_pretrained(tmp_path / "autoencoder")
+    for shard in range(2):
+        write_tar(tmp_path / f"videos/{shard:05d}.tar", [video_sample(shard * 3 + k) for k in range(3)])
+    command = [
+        "t2v.encode",
+        "data=webvid",
+        "paths.webvid=videos",
+        "data.video.size=32",
+        "autoencoder=shapes",
+        "autoencoder.source=autoencoder",
+    ]
+    code, text = run(tmp_path, *command, "output=latents", "num_workers=1")
+    assert (code, "6 clips, 144 frames in 2 new shards" in text) == (0, True), text
+    code, text = run(tmp_path, *command, "output=latents", "num_workers=0")
+    assert (code, "in 0 new shards" in text) == (0, True), text
+    code, text = run(tmp_path, *command, "output=latents", "data.video.size=16")
+    assert (code, "holds other latents" in text) == (1, True), text
+    code, text = run(tmp_path, "t2v.inspect", "data=webvid_latents", "data.video.urls=latents", "data.video.size=32")
+    assert (code, "6 usable (100.0%)" in text) == (0, True), text
