@@ -113,19 +113,30 @@ def frechet_distance_once(first: Moments, second: Moments) -> float:
     return _assemble(first, second, without_noise(values).sqrt().sum())
 
 
-def frechet_distance_of_few(first: Tensor, second: Tensor) -> float:
+def frechet_distance_of_few(
+    first: Tensor, second: Tensor, first_weights: Tensor | None = None, second_weights: Tensor | None = None
+) -> float:
     """D straight from features (n d) and (m d): tr (S_1 S_2)^(1/2) is the nuclear norm of X Y^T / sqrt((n-1)(m-1)), X and Y centred.
 
-    Exact, without thresholds, and cheap where n and m are below d. An independent path to the same number.
+    Exact, without thresholds, and cheap where n and m are below d. An independent path to the same number. Weights as for `moments`.
     """
-    x, y = checked(first).double(), checked(second).double()
-    if min(x.shape[0], y.shape[0]) < 2:
-        raise FeatureError(f"A covariance needs at least 2 samples, got {x.shape[0]} and {y.shape[0]}. Measure more videos.")
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    x, y = (x - mean_x) / (x.shape[0] - 1) ** 0.5, (y - mean_y) / (y.shape[0] - 1) ** 0.5
+    mean_x, x = _scaled(first, first_weights)
+    mean_y, y = _scaled(second, second_weights)
     cross = torch.linalg.svdvals(x @ y.T).sum()
     distance = (mean_x - mean_y).square().sum() + x.square().sum() + y.square().sum() - 2 * cross
     return _not_negative(distance, x.square().sum() + y.square().sum())
+
+
+def _scaled(features: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mean, and rows whose X^T X is the covariance; rows that count nothing are left out."""
+    rows = checked(features).double()
+    weights = torch.ones(rows.shape[0]) if weights is None else weights
+    rows, weights = rows[(weights > 0).to(rows.device)], weights[weights > 0].to(rows)
+    count = weights.sum()
+    if count < 2:
+        raise FeatureError(f"A covariance needs at least 2 samples, got {int(count)}. Measure more videos.")
+    mean = weights @ rows / count
+    return mean, (rows - mean) * (weights / (count - 1)).sqrt()[:, None]
 
 
 def checked(features: Tensor) -> Tensor:

@@ -125,6 +125,9 @@ class TestStreaming:
         got, want = moments(x, times), moments(x.repeat_interleave(times, 0))
         torch.testing.assert_close(got.covariance, want.covariance, rtol=1e-10, atol=1e-12)
         assert got.count == want.count
+        y = features(40, 6, 1)
+        few = frechet_distance_of_few(x, y, times)
+        assert few == pytest.approx(frechet_distance(want, moments(y)), rel=1e-8)
 
 
 class TestRefuses:
