@@ -8,6 +8,7 @@ because CUDA's attention kernels take at most 65,535 batches, which b * n would 
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2v.models.convolution import GroupNorm
+from t2v.models.temporal_kernel import temporal_attention
 from t2v.models.timestep import sinusoid
 
 MAX_GRID = 65_535  # CUDA's limit for the second and third grid dimension, where attention kernels put batches and heads
@@ -23,16 +25,38 @@ BACKENDS = ("sdpa", "xformers", "triton")
 
 
 def check_backend(backend: str, head_dim: int) -> None:
-    """Raise ValueError for a backend that does not exist or cannot run on this machine."""
+    """Raise ValueError for a backend that does not exist or cannot run here. On the meta device only its name is checked."""
     if backend not in BACKENDS:
         raise ValueError(f"attention_backend={backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend != "sdpa":
-        raise ValueError(f"attention_backend={backend!r} is not available: use 'sdpa'")
+    if backend == "triton" and (head_dim < 16 or head_dim & (head_dim - 1)):
+        raise ValueError(f"attention_backend='triton' needs heads of 16, 32, 64 or 128, not attention_head_dim={head_dim}: use 'sdpa'")
+    if backend == "sdpa" or torch.empty(0).device.type == "meta":
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(f"attention_backend={backend!r} needs an NVIDIA GPU, and torch sees none here: use 'sdpa'")
+    if find_spec(backend) is None:
+        raise ValueError(f"attention_backend={backend!r} needs the {backend} package, which is not installed: use 'sdpa'")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
     """softmax(q k^T / sqrt(d)) v for q (b m h d), k and v (b n h d), any strides -> (b m h d)."""
+    if backend == "xformers":
+        return attend_by_xformers(q, k, v)
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def attend_by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.device.type != "cuda":
+        raise ValueError(f"attention_backend='xformers' runs on CUDA, but the tensors are on {q.device}: move the network, or use 'sdpa'")
+    from xformers.ops import memory_efficient_attention
+
+    try:
+        return memory_efficient_attention(q, k, v)
+    except NotImplementedError as error:
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"xformers has no kernel for {tuple(q.shape)} {q.dtype} on this machine: use attention_backend='sdpa' ({why})"
+        ) from error
 
 
 class Attention(nn.Module):
@@ -59,7 +83,7 @@ class SpatialAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         b, f, n, _ = x.shape
         q, k, v = self.project(x.flatten(0, 1), "qkv")
-        return self.to_out[0](attend(q, k, v).reshape(b, f, n, -1))
+        return self.to_out[0](attend(q, k, v, self.backend).reshape(b, f, n, -1))
 
 
 class TextAttention(Attention):
@@ -69,7 +93,7 @@ class TextAttention(Attention):
         b, f, n, _ = x.shape
         (q,) = self.project(x.flatten(1, 2), "q")
         k, v = self.project(text, "kv")
-        return self.to_out[0](attend(q, k, v).reshape(b, f, n, -1))
+        return self.to_out[0](attend(q, k, v, self.backend).reshape(b, f, n, -1))
 
 
 class TemporalAttention(Attention):
@@ -94,11 +118,13 @@ class TemporalAttention(Attention):
 
     def attend_over_frames(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """(b f n h d) each -> (b f n h d)."""
+        if self.backend == "triton":
+            return temporal_attention(q, k, v)
         step = max(1, MAX_GRID // self.heads)
         if q.shape[2] <= step:
-            return attend(*(t.flatten(2, 3) for t in (q, k, v)))  # (b f (n h) d)
+            return attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), self.backend)  # (b f (n h) d)
         parts = zip(q.split(step, 2), k.split(step, 2), v.split(step, 2), strict=True)
-        return torch.cat([attend(*(t.flatten(2, 3) for t in part)) for part in parts], 2)
+        return torch.cat([attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), self.backend) for q, k, v in parts], 2)
 
     def untouched(self, x: Tensor) -> Tensor:
         """An exact zero through the projections of queries and keys, which one frame does not need: their gradients are 0, not None."""
