@@ -57,6 +57,7 @@ def check(cfg: DictConfig) -> None:
     from t2v.evaluation.scores import EXTRACTORS, extractors_of
 
     names = list(dict.fromkeys(EXTRACTORS.values())) if cfg.get("protocol") is None else extractors_of(list(cfg.protocol.metrics))
+    names = [name for name in names if name != "checker"]  # needs nothing
     device = device_of(cfg)
     slow = device.type == "cuda" if cfg.golden == "auto" else bool(cfg.golden)
     lines = check_weights(names, paths(cfg), cfg.download, cfg.allow_unverified, slow, device)
@@ -88,9 +89,13 @@ def evaluate(cfg: DictConfig) -> None:
     dataset = instantiate(cfg.datasets[protocol.dataset])
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = device_of(cfg)
-    extractors, found = weights.load(
-        extractors_of(protocol.metrics), paths(cfg), dict(cfg.metrics.resize), cfg.allow_unverified, cfg.download, device
-    )
+    names = extractors_of(protocol.metrics)
+    networks = [name for name in names if name != "checker"]
+    extractors, found = weights.load(networks, paths(cfg), dict(cfg.metrics.resize), cfg.allow_unverified, cfg.download, device)
+    if "checker" in names:
+        from t2v.evaluation.shapes import CheckerFeatures
+
+        extractors["checker"] = CheckerFeatures(protocol.fps)
     evaluator = Evaluator(
         protocol,
         dataset,

@@ -55,6 +55,7 @@ def test_a_checkpoint_then_its_videos_as_a_folder(
     printed = capsys.readouterr().out
     assert "# Ours" in printed
     assert "fvd_shapes_n9" in printed
+    assert "direction_right_n9" in printed
     assert {path.name for path in Path("one").iterdir()} == {
         "results.json", "results.md", "page.html", "manifest.jsonl", "videos", "features",
     }  # fmt: skip

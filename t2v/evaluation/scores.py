@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ FRECHET = {  # metric: (extractor, name of the unbiased companion)
     "fid_vid_inception_v3": ("inception_v3", "kid_vid_inception_v3"),
     "fvd_shapes": ("shapes", "kvd_shapes"),
 }
-PER_VIDEO = {"clipsim": "clip_vit_b32", "temporal_consistency": "clip_vit_b32", "dynamics": "motion"}
+PER_VIDEO = {"clipsim": "clip_vit_b32", "temporal_consistency": "clip_vit_b32", "dynamics": "motion", "attributes": "checker"}
+ATTRIBUTES = ("colour", "shape", "background", "direction", "speed")  # the columns of the checker's features (t2v.evaluation.shapes)
 EXTRACTORS = {metric: extractor for metric, (extractor, _) in FRECHET.items()} | PER_VIDEO
 
 
@@ -62,7 +63,9 @@ def extractors_of(metrics: Sequence[str]) -> list[str]:
 
 def reference_extractors(metrics: Sequence[str]) -> list[str]:
     """Extractors that must see the real clips too."""
-    return [name for name in extractors_of(metrics) if name == "motion" or any(FRECHET.get(m, ("",))[0] == name for m in metrics)]
+    return [
+        name for name in extractors_of(metrics) if name in ("motion", "checker") or any(FRECHET.get(m, ("",))[0] == name for m in metrics)
+    ]
 
 
 def check_protocol(protocol: Protocol) -> None:
@@ -105,6 +108,8 @@ def measure(
                 scores.append(Score("clipsim_relative", relative, len(manifest), mark, None, True, "generated over real"))
         elif metric == "temporal_consistency":
             scores.append(mean_score(metric, temporal_consistency(generated[name]), manifest, mark))
+        elif metric == "attributes":
+            scores += attributes(generated[name], real[name], manifest, mark)
         else:
             scores.append(mean_score(metric, dynamics(generated[name]), manifest, mark))
             scores.append(Score("still_videos", still_share(generated[name]), len(manifest), mark, None, False, "share"))
@@ -135,6 +140,19 @@ def distances(
         Score(f"{metric}_extrapolated", limit.value, n, mark, note="to infinitely many videos"),
         kernel,
     ]
+
+
+def attributes(generated: Tensor, real: Tensor, manifest: Manifest, mark: str) -> list[Score]:
+    """Shares of videos that show what the real clip of the same caption shows, by the pixel checker: (n 5) codes, 0 is "cannot be told".
+    Beside each stands chance: the agreement with the real clip of the next caption."""
+    scores, others = [], real.roll(1, 0)
+    for column, name in enumerate((*ATTRIBUTES, "all_attributes")):
+        columns = [column] if name in ATTRIBUTES else list(range(len(ATTRIBUTES)))
+        right, chance = (((generated == side) & (side > 0))[:, columns].all(1).double() for side in (real, others))
+        note = f"with shuffled captions {float(chance.mean()):.2f}"
+        score = mean_score(f"{name}_right", right, manifest, mark)
+        scores.append(replace(score, note=note))
+    return scores
 
 
 def mean_score(metric: str, values: Tensor, manifest: Manifest, mark: str) -> Score:

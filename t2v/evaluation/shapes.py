@@ -1,15 +1,20 @@
-"""Shapes as an evaluation data set: held-out clips drawn by the generator, for `fvd_shapes` and its relatives."""
+"""Shapes as an evaluation data set: held-out clips drawn by the generator, and the pixel checker as an extractor beside `fvd_shapes`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from t2v.data.checker import check
 from t2v.data.msrvtt import Sentence
-from t2v.data.shape_world import Spec
+from t2v.data.shape_world import ALL_COLOURS, ALL_SHAPES, BACKGROUNDS, DIRECTIONS, SPEEDS, Spec
 from t2v.data.shapes import held_out_specs, render
 from t2v.evaluation.protocol import digest
+from t2v.evaluation.scores import ATTRIBUTES
+
+VALUES = dict(zip(ATTRIBUTES, map(tuple, (ALL_COLOURS, ALL_SHAPES, BACKGROUNDS, DIRECTIONS, SPEEDS))))
 
 
 class HeldOutShapes:
@@ -31,3 +36,26 @@ class HeldOutShapes:
 
     def clip(self, video_id: str, *, num_frames: int, fps: float, size: int) -> Tensor:
         return render(self.specs[video_id], num_frames, fps, size)
+
+
+class CheckerFeatures:
+    """What the pixel checker sees, one code per attribute: 0 for what cannot be told, else 1 + the place in VALUES."""
+
+    name = "checker"
+    recipe = "checker 1"
+    weights = "none"
+    per_frame = False
+
+    def __init__(self, fps: float = 3.0) -> None:
+        self.fps = fps
+
+    def to(self, device: torch.device | str) -> CheckerFeatures:
+        return self
+
+    def __call__(self, videos: Tensor) -> Tensor:
+        rows = []
+        for video in videos.cpu():
+            seen = check(video, self.fps)
+            names = [(values, getattr(seen, name)) for name, values in VALUES.items()]
+            rows.append([values.index(found) + 1 if found in values else 0 for values, found in names])
+        return torch.tensor(rows, dtype=torch.float32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ def generated_videos(generate: Generate, manifest: Manifest, protocol: Protocol,
     """Videos of a model; the first `keep` are kept in `folder` one by one. A chunk of which any is missing is generated as a whole, so
     that a resumed run has the bits of a straight one; chunk=1 loses nothing at a kill."""
     shape = (protocol.num_frames, protocol.size, protocol.size, 3)
+    writers = ThreadPoolExecutor(8)
 
     def videos(rows: range) -> Tensor:
         kept = [read_strip(strip_path(folder, index), shape) if index < keep else None for index in rows]
@@ -49,9 +51,8 @@ def generated_videos(generate: Generate, manifest: Manifest, protocol: Protocol,
                 f"The model made {made.dtype} {tuple(made.shape)}; protocol {protocol.name} measures uint8 videos of "
                 f"{(len(chosen), *shape)} (b f h w c). Set the sample's size, or protocol.num_frames and protocol.size."
             )
-        for index, video in zip(rows, made):
-            if index < keep:
-                write_strip(strip_path(folder, index), video)
+        saved = [(strip_path(folder, index), video) for index, video in zip(rows, made) if index < keep]
+        list(writers.map(lambda pair: write_strip(*pair), saved))  # compression does not hold Python's lock
         return made
 
     return videos
