@@ -107,7 +107,7 @@ def summary(result: Results) -> str:
         lines.append(str(result.protocol["note"]))
     if result.unverified:
         lines += ["", f"**Unverified weights: {', '.join(result.unverified)}.** These numbers are not to be published."]
-    better = {True: "higher", False: "lower"}
+    better = {True: "higher", False: "lower", None: "near the real"}
     rows = [[score.name, show(score), better[score.higher_is_better], score.note] for score in result.scores]
     lines += ["", markdown(["metric", "value", "better", ""], rows)]
     if result.details.get("dataset") == "msrvtt":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from t2v.evaluation.protocol import Manifest, Protocol, digest
 from t2v.metrics.clipsim import clipsim, dynamics, still_share, temporal_consistency
 from t2v.metrics.frechet import Moments, frechet_distance, moments
 from t2v.metrics.kernel import kernel_distance
-from t2v.metrics.uncertainty import extrapolate, frechet_error, mean_error
+from t2v.metrics.uncertainty import extrapolate, frechet_error, mean_error, rounded
 
 VERSION = 1  # of what happens to features; raise it whenever a number would change
 
@@ -38,8 +38,12 @@ class Score:
     n: int
     fingerprint: str
     error: float | None = None
-    higher_is_better: bool = False
+    higher_is_better: bool | None = False  # None: neither
     note: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", rounded(self.value))
+        object.__setattr__(self, "error", None if self.error is None else rounded(self.error))
 
     @property
     def name(self) -> str:
@@ -111,10 +115,10 @@ def measure(
         elif metric == "attributes":
             scores += attributes(generated[name], real[name], manifest, mark)
         else:
-            scores.append(mean_score(metric, dynamics(generated[name]), manifest, mark))
+            scores.append(mean_score(metric, dynamics(generated[name]), manifest, mark, None))
             scores.append(Score("still_videos", still_share(generated[name]), len(manifest), mark, None, False, "share"))
             if name in real:
-                scores.append(mean_score("dynamics_of_real", dynamics(real[name]), manifest, mark))
+                scores.append(mean_score("dynamics_of_real", dynamics(real[name]), manifest, mark, None))
     return scores
 
 
@@ -150,18 +154,20 @@ def attributes(generated: Tensor, real: Tensor, manifest: Manifest, mark: str) -
         columns = [column] if name in ATTRIBUTES else list(range(len(ATTRIBUTES)))
         right, chance = (((generated == side) & (side > 0))[:, columns].all(1).double() for side in (real, others))
         note = f"with shuffled captions {float(chance.mean()):.2f}"
-        score = mean_score(f"{name}_right", right, manifest, mark)
-        scores.append(replace(score, note=note))
+        n, hits = len(right), float(right.sum())
+        shrunk = (hits + 2) / (n + 4)  # Agresti and Coull: an interval that does not vanish at 0 and 1
+        error = (shrunk * (1 - shrunk) / (n + 4)) ** 0.5
+        scores.append(Score(f"{name}_right", hits / n, n, mark, error, True, note))
     return scores
 
 
-def mean_score(metric: str, values: Tensor, manifest: Manifest, mark: str) -> Score:
+def mean_score(metric: str, values: Tensor, manifest: Manifest, mark: str, better: bool | None = True) -> Score:
     """A mean over captions, its error clustered by video."""
     if not torch.isfinite(values).all():
         rows = (~torch.isfinite(values)).nonzero().flatten().tolist()
         raise ValueError(f"{metric} is NaN or infinite for rows {rows[:8]} of the manifest. Look at those videos.")
     groups = torch.unique(torch.tensor([_number(row.video_id) for row in manifest.rows]), return_inverse=True)[1]
-    return Score(metric, float(values.double().mean()), len(manifest), mark, mean_error(values, groups), True)
+    return Score(metric, float(values.double().mean()), len(manifest), mark, mean_error(values, groups), better)
 
 
 def _number(video_id: str) -> int:

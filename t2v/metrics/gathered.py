@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from t2v.metrics.clipsim import clipsim
 from t2v.metrics.frechet import FeatureError, Moments, frechet_distance, moments
+from t2v.metrics.uncertainty import rounded
 
 
 def chunks(total: int, size: int, rank: int = 0, world: int = 1) -> Iterator[range]:
@@ -96,7 +97,7 @@ class FrechetMetric(GatheredMetric):
 
     def compute(self) -> Tensor:
         features = self.table()[1].flatten(0, -2)
-        return torch.tensor(frechet_distance(self.reference, moments(features)), dtype=torch.float64)
+        return torch.tensor(rounded(frechet_distance(self.reference, moments(features))), dtype=torch.float64)
 
 
 class ClipSimMetric(GatheredMetric):
@@ -109,4 +110,4 @@ class ClipSimMetric(GatheredMetric):
 
     def compute(self) -> Tensor:
         rows = self.table()[1]
-        return clipsim(rows[:, :-1], rows[:, -1]).mean()
+        return torch.tensor(rounded(float(clipsim(rows[:, :-1], rows[:, -1]).mean())), dtype=torch.float64)

@@ -19,6 +19,7 @@ from t2v.metrics.features import exact_arithmetic
 
 SIZE = 32  # pixels
 WIDTH = 64  # numbers in a feature
+SPREAD = 10.0  # about the standard deviation of the trained network's features on real clips; divided out, so that kernels stay in range
 SHIPPED = Path(__file__).parent.parent / "pretrained" / "shapes_features" / "model.safetensors"
 
 
@@ -71,7 +72,7 @@ class ShapesFeatures:
     """The extractor of `fvd_shapes`."""
 
     name = "shapes"
-    recipe = f"area-{SIZE}-1"
+    recipe = f"area-{SIZE}-spread-{SPREAD:g}-1"
     per_frame = False
 
     def __init__(self, network: ShapesNetwork, weights: str) -> None:
@@ -94,4 +95,4 @@ class ShapesFeatures:
 
     def __call__(self, videos: Tensor) -> Tensor:
         with exact_arithmetic():
-            return self.network(prepare(videos))
+            return self.network(prepare(videos)) / SPREAD

@@ -26,6 +26,11 @@ class Extrapolation:
     distances: tuple[float, ...]
 
 
+def rounded(value: float) -> float:
+    """To ten digits. Linear algebra libraries choose kernels by the alignment of memory, which moves the sixteenth from call to call."""
+    return float(f"{value:.10g}")
+
+
 def bootstrap_error(statistic: Callable[[Tensor, Tensor], float], real: int, fake: int, resamples: int = 100, seed: int = 0) -> float:
     """Standard error of `statistic(how often each real video counts (n), the same for fake videos (m))` over resamples of both sides."""
     if resamples < 2:
@@ -76,9 +81,14 @@ def extrapolate(real: Tensor, fake: Tensor, frames: int = 1, points: int = 8, re
     for size in sizes:
         values = [_at(real, fake, frames, size, generator) for _ in range(repeats if size < videos else 1)]
         distances.append(sum(values) / len(values))
-    design = torch.tensor([[1.0, 1.0 / size] for size in sizes], dtype=torch.float64)
-    line = torch.linalg.lstsq(design, torch.tensor(distances, dtype=torch.float64)[:, None]).solution
-    return Extrapolation(float(line[0]), tuple(sizes), tuple(distances))
+    return Extrapolation(intercept([1 / size for size in sizes], distances), tuple(sizes), tuple(distances))
+
+
+def intercept(x: list[float], y: list[float]) -> float:
+    """Where the least-squares line through (x, y) meets x = 0."""
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y)) / sum((a - mean_x) ** 2 for a in x)
+    return mean_y - slope * mean_x
 
 
 def _at(real: Tensor, fake: Tensor, frames: int, size: int, generator: torch.Generator) -> float:

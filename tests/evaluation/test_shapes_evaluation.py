@@ -36,7 +36,7 @@ def test_real_clips_are_perfect_and_frozen_ones_are_not(tmp_path: Path) -> None:
     assert still is not None
     assert best.value("fvd_shapes_n12") == pytest.approx(0, abs=1e-4)
     assert best.value("all_attributes_right_n12") == 1.0
-    assert still.value("fvd_shapes_n12") > 1
+    assert still.value("fvd_shapes_n12") > 0.5
     assert still.value("direction_right_n12") == 0.0
     assert still.value("colour_right_n12") == 1.0
     assert still.value("still_videos_n12") == 1.0

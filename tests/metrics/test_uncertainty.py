@@ -8,7 +8,7 @@ from torch import Tensor
 
 from t2v.metrics.frechet import FeatureError, frechet_distance, moments
 from t2v.metrics.kernel import kernel_distance
-from t2v.metrics.uncertainty import bootstrap_error, draw, extrapolate, frechet_error, mean_error
+from t2v.metrics.uncertainty import bootstrap_error, draw, extrapolate, frechet_error, intercept, mean_error
 
 
 def gaussian(n: int, d: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -92,6 +92,9 @@ class TestExtrapolation:
         at_n = sum(frechet_distance(moments(x), moments(y)) for x, y in runs) / 6
         to_infinity = sum(extrapolate(x, y, repeats=2).value for x, y in runs) / 6
         assert abs(to_infinity - truth) < 0.4 * (at_n - truth)
+
+    def test_line(self) -> None:
+        assert intercept([1.0, 0.5, 0.25], [5.0, 4.0, 3.5]) == pytest.approx(3.0)
 
     def test_needs_videos(self) -> None:
         with pytest.raises(FeatureError, match="at least 8, got 4"):
