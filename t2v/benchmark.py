@@ -4,7 +4,7 @@
     python -m t2v.benchmark what=unet +options.threads=2     forward and backward against diffusers' class
     python -m t2v.benchmark what=decode                      how fast clips are read
 
-Each `what` is a function of t2v/benchmarks that returns rows; `+options.NAME=VALUE` are its arguments; conf/benchmark.yaml has every option.
+Each `what` is a function of t2v/benchmarks that returns rows; its arguments are `+options.NAME=VALUE`. See conf/benchmark.yaml.
 """
 
 from __future__ import annotations

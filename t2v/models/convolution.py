@@ -38,7 +38,7 @@ class Dropout(nn.Dropout):
         dropped = round(self.p * 65_536)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), 2**63 - 1).view(torch.int16)
         kept = bits[: x.numel()].view(x.shape) >= dropped - 32_768
-        return torch.where(kept, x, 0.0) * (65_536 / (65_536 - dropped))
+        return x * kept.to(x.dtype).mul_(65_536 / (65_536 - dropped))
 
 
 class SpatialConv(nn.Conv2d):
@@ -149,7 +149,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         b, f, h, w, c = x.shape
-        x = x.view(b, f, h, 1, w, 1, c).expand(b, f, h, 2, w, 2, c).reshape(b, f, 2 * h, 2 * w, c)
+        x = torch.stack([x, x], 4).view(b, f, h, 2 * w, c)  # stacks, because their backward pass is faster than a sum over two axes
+        x = torch.stack([x, x], 3).view(b, f, 2 * h, 2 * w, c)
         if size != (2 * h, 2 * w):
             x = x[:, :, : size[0], : size[1]]
         return self.conv(x)
