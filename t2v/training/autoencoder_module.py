@@ -42,6 +42,8 @@ class AutoencoderModule(LightningModule):
         initial_log_variance: float = -6.0,
         window: int = 0,
         window_steps: int = 0,
+        faint: float = 0.01,
+        start: str | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -51,13 +53,10 @@ class AutoencoderModule(LightningModule):
         if window_steps and (window < self.factor or window % self.factor):
             raise ValueError(f"module.window is {window}: the autoencoder's factor {self.factor} must divide it, unless window_steps is 0")
         self.autoencoder = autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
-        with torch.no_grad():  # a posterior of variance 1 would drown the latents at first
-            latent_channels = self.autoencoder.config["latent_channels"]
-            self.autoencoder.quant_conv.bias[latent_channels:] = initial_log_variance
-            for layer in self.autoencoder.modules():  # at first every residual block passes on what it gets
-                if isinstance(layer, ResnetBlock2D):
-                    for parameter in layer.conv2.parameters():
-                        parameter.zero_()
+        if start is None:
+            self.initialise(initial_log_variance)
+        else:
+            self.autoencoder.load_state_dict(AutoencoderKL.from_pretrained(start).float().state_dict())
         self.average = copy.deepcopy(self.autoencoder).eval().requires_grad_(False)
         self.make_optimizer = optimizer
         self.lr_schedule = lr_schedule
@@ -65,7 +64,17 @@ class AutoencoderModule(LightningModule):
         self.kl_weight = kl_weight
         self.window = window  # pixels; for the first `window_steps` steps only the busiest window of each frame is learned from
         self.window_steps = window_steps
+        self.faint = faint  # variance (on a scale of -1..1) below which a frame's errors weigh fully
         self.seed = seed
+
+    @torch.no_grad()
+    def initialise(self, log_variance: float) -> None:
+        """A narrow posterior, since one of variance 1 would drown the latents at first; and residual blocks that pass on what they get."""
+        self.autoencoder.quant_conv.bias[self.autoencoder.config["latent_channels"] :] = log_variance
+        for layer in self.autoencoder.modules():
+            if isinstance(layer, ResnetBlock2D):
+                for parameter in layer.conv2.parameters():
+                    parameter.zero_()
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.autoencoder.parameters())
@@ -80,7 +89,9 @@ class AutoencoderModule(LightningModule):
         posterior = self.autoencoder.encode(frames).latent_dist
         difference = self.autoencoder.decode(posterior.mean + posterior.std * noise).sample - frames
         # mostly squared: an absolute error is content with the background where a small shape may or may not be
-        reconstruction = (difference.square() + 0.1 * difference.abs()).mean((1, 2, 3))
+        error = (difference.square() + 0.1 * difference.abs()).mean((1, 2, 3))
+        contrast = frames.flatten(2).var(2).mean(1)  # otherwise faint shapes, such as teal on gray, would not be worth their corners
+        reconstruction = error * self.faint / (contrast + self.faint)
         return reconstruction, posterior.kl() / noise[0].numel()
 
     def training_step(self, batch: dict[str, ClipBatch], batch_idx: int) -> Tensor:

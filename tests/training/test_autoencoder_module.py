@@ -4,6 +4,8 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from t2v.training.learning_rate import constant
 from t2v.training.mixture import JointMixture
 
 
-def tiny_module(kl_weight: float = 1e-4, **arguments: int) -> AutoencoderModule:
+def tiny_module(kl_weight: float = 1e-4, **arguments: Any) -> AutoencoderModule:
     torch.manual_seed(0)
     model = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -100,6 +102,29 @@ def test_the_busiest_window_is_the_one_with_the_shape() -> None:
     assert (windows[2] == -0.5).all()
     with pytest.raises(ValueError, match="window"):
         tiny_module(window=20, window_steps=1)
+
+
+def test_the_same_error_weighs_more_in_a_faint_frame() -> None:
+    module = tiny_module(faint=0.01)
+    frames = torch.zeros(2, 3, 64, 64)
+    frames[0, :, :8, :8], frames[1, :, :8, :8] = 0.1, 1.0
+    answer = frames + 0.2
+    module.autoencoder.decode = lambda _: SimpleNamespace(sample=answer)
+    reconstruction, _ = module.losses(frames, torch.zeros(2, 4, 8, 8))
+    error = 0.2**2 + 0.1 * 0.2
+    for k in range(2):
+        assert float(reconstruction[k]) == pytest.approx(error * 0.01 / (float(frames[k].flatten(1).var(1).mean()) + 0.01), rel=1e-4)
+    assert reconstruction[0] > 2 * reconstruction[1]
+
+
+def test_it_goes_on_from_a_folder(tmp_path: Path) -> None:
+    first = tiny_module()
+    torch.nn.init.normal_(first.autoencoder.decoder.conv_in.weight)
+    first.autoencoder.save_pretrained(tmp_path)
+    second = tiny_module(start=str(tmp_path))
+    for name, weight in first.autoencoder.state_dict().items():
+        assert torch.equal(second.autoencoder.state_dict()[name], weight), name
+        assert torch.equal(second.average.state_dict()[name], weight), name
 
 
 def test_windows_first_then_whole_frames(data: MixtureDataModule, tmp_path: Path) -> None:
