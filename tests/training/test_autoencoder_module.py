@@ -184,11 +184,13 @@ def shipped() -> Autoencoder:
 
 
 def test_the_shipped_autoencoder_meets_its_figures_on_fresh_frames(shipped: Autoencoder) -> None:
-    report = measure(shipped.model, clips=36, images=96, frames=8, seed=77)
-    assert report["psnr_clips"] >= 30, report
-    assert report["psnr_images"] >= 30, report
+    report = measure(shipped.model, clips=36, images=200, frames=8, seed=77)
+    for deck in ("clips", "clips_of_image_only", "images"):
+        assert report[f"psnr_{deck}"] >= 34, report
+        assert report[f"checker_{deck}_original"] >= 0.99, report
     assert report["checker_clips_reconstructed"] >= 0.99 * report["checker_clips_original"], report
-    assert report["checker_images_reconstructed"] >= 0.98 * report["checker_images_original"], report  # one of 96 may fail
+    # Crosses and stars as bright as the gray behind them lose their corners: experiments/shapes_autoencoder/README.md
+    assert report["checker_images_reconstructed"] >= 0.93 * report["checker_images_original"], report
     assert shipped.scaling_factor * report["latent_std"] == pytest.approx(1, abs=0.05)
     assert abs(report["latent_mean"]) * shipped.scaling_factor < 0.5
 
