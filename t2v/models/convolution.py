@@ -6,6 +6,8 @@ convolution, a temporal convolution and a matrix product all read the same memor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,8 +24,34 @@ class GroupNorm(nn.GroupNorm):
         b, f, h, w, c = x.shape
         # A 4-d view whose strides torch recognises as channels-last; with any other, its CPU kernel copies and is several times slower.
         y = x.reshape(b, f, h * w, c) if self.over_frames else x.reshape(b * f, h, w, c)
-        y = F.group_norm(y.permute(0, 3, 1, 2), self.num_groups, self.weight, self.bias, self.eps)
+        y = y.permute(0, 3, 1, 2)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            y = y.float() if torch.is_autocast_enabled("cpu") else y
+            y = GroupNormOnCPU.apply(y, self.weight, self.bias, self.num_groups, self.eps)
+        else:
+            y = F.group_norm(y, self.num_groups, self.weight, self.bias, self.eps)
         return y.permute(0, 2, 3, 1).reshape(b, f, h, w, c)
+
+
+class GroupNormOnCPU(torch.autograd.Function):
+    """F.group_norm on (n c h w), channels last, but its backward pass always computes the gradient of the input.
+
+    torch's channels-last CPU kernel (2.13) crashes the process where that one is not asked for, as below a frozen convolution.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        ctx.sizes = *x.shape[:2], x.shape[2] * x.shape[3], groups
+        y, mean, inverse = torch.ops.aten.native_group_norm(x, weight, bias, *ctx.sizes, eps)
+        ctx.save_for_backward(x, mean, inverse, weight)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        return *torch.ops.aten.native_group_norm_backward(grad, *ctx.saved_tensors, *ctx.sizes, [True, True, True]), None, None
 
 
 class Dropout(nn.Dropout):
