@@ -32,7 +32,7 @@ class Clip:
 
 @dataclass
 class ClipBatch:
-    """b clips of equal shape. `frames` stays uint8 until it reaches the GPU; b may be 0 where a step's share does not fill every micro-batch."""
+    """b clips of equal shape; 0 where a step's share does not fill every micro-batch. Frames stay uint8 until they reach the GPU."""
 
     frames: Tensor  # uint8 (b f h w c)
     captions: list[str]

@@ -167,7 +167,7 @@ def _known_keys(typed: str) -> Iterator[str]:
         return
 
     def walk(node: DictConfig, prefix: str) -> Iterator[str]:
-        for key in node:
+        for key in map(str, node):
             yield f"{prefix}{key}"
             child = node._get_node(key)
             if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing() and not child._is_interpolation():

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from t2v.batch import Clip, ClipBatch, Cursor
 from t2v.data.errors import DataQualityError
 from t2v.data.readers import START, ClipStream, Host
+from t2v.data.workers import end_with_parent
 
 log = logging.getLogger(__name__)
 NOTHING = torch.empty(0)
@@ -299,5 +300,6 @@ def as_it_is(item: Any) -> Any:
 
 
 def start_worker(_: int) -> None:
+    end_with_parent()
     torch.set_num_threads(1)  # the workers are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer

@@ -18,7 +18,6 @@ import shutil
 import socket
 import sys
 import tarfile
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -49,6 +48,7 @@ from t2v.data.shape_world import (
     random_image,
     random_video,
 )
+from t2v.data.workers import end_with_parent
 from t2v.video import decode_clip, write_mp4
 
 T = TypeVar("T")
@@ -160,18 +160,6 @@ def write_folder(folder: Path, settings: Settings, processes: int) -> None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def end_with_parent() -> None:
-    """In a worker: if the process that hands out the work is killed, do not wait for more of it for ever."""
-
-    def wait() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

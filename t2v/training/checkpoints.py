@@ -70,7 +70,9 @@ def _write_text(target: Path, text: str) -> None:
 
 
 class Checkpoints(Callback):
-    """Writes <run>/checkpoints/step-N every `every_n_steps` optimizer steps, at the end and when a signal asks to stop; keeps the newest `keep`.
+    """Writes <run>/checkpoints/step-N every `every_n_steps` optimizer steps, at the end, and when a signal asks to stop.
+
+    The newest `keep` stay.
 
     SIGUSR1 and SIGTERM (a scheduler takes the machine) and SIGINT (Ctrl-C) end the training at the next optimizer step, with a checkpoint.
     A second Ctrl-C ends it at once.

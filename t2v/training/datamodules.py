@@ -5,25 +5,34 @@ The readers themselves (`t2v.data`) know neither Lightning nor distributed train
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from itertools import cycle, islice
+from typing import Any
 
 import torch.distributed as dist
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.utilities import CombinedLoader
 
 from t2v.batch import ClipBatch
+from t2v.data.latents import LatentStream
 from t2v.data.loader import ClipLoader, Progress
 from t2v.data.readers import ClipStream
+from t2v.models.autoencoder import Autoencoder
 from t2v.training.mixture import JointMixture, Role, StepPlan
 
 
 class StreamDataModule(LightningDataModule):
     """One stream of clips: what to read, how many per optimizer step, and how far training has come in it."""
 
-    name: ClassVar[str]
-
     def __init__(
-        self, stream: ClipStream, batch: int, micro_batch: int, num_workers: int = 2, timeout: float = 300, start_method: str | None = None
+        self,
+        stream: ClipStream,
+        batch: int,
+        micro_batch: int,
+        num_workers: int = 2,
+        timeout: float = 300,
+        start_method: str | None = None,
+        repeat_first_step: bool = False,
     ) -> None:
         super().__init__()
         self.stream = stream
@@ -32,11 +41,12 @@ class StreamDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.timeout = timeout
         self.start_method = start_method
+        self.repeat_first_step = repeat_first_step  # debug=overfit
         self.progress = Progress(stream.readers, signature=stream.signature)
         self._resume: dict[str, Any] | None = None
 
-    def loader(self, role: Role, accumulate: int) -> ClipLoader:
-        return ClipLoader(
+    def loader(self, role: Role, accumulate: int) -> ClipLoader | FirstStep:
+        loader = ClipLoader(
             self.stream,
             global_batch=self.batch,
             accumulate=accumulate,
@@ -47,22 +57,29 @@ class StreamDataModule(LightningDataModule):
             timeout=self.timeout,
             multiprocessing_context=self.start_method,
         )
+        return FirstStep(loader, accumulate) if self.repeat_first_step else loader
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume = state_dict
         self.progress = Progress(self.stream.readers, state_dict, signature=self.stream.signature)
 
 
+class FirstStep:
+    """The micro-batches of the loader's first optimizer step, over and over."""
+
+    def __init__(self, loader: ClipLoader, accumulate: int) -> None:
+        self.loader, self.accumulate = loader, accumulate
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        return cycle(list(islice(self.loader, self.accumulate)))
+
+
 class LAIONDataModule(StreamDataModule):
     """Image-text pairs (section 4.1.1), as img2dataset stores them. An image is a clip of one frame."""
-
-    name = "image"
 
 
 class WebVidDataModule(StreamDataModule):
     """Video-text pairs (section 4.1.1), as video2dataset stores them."""
-
-    name = "video"
 
 
 class MixtureDataModule(LightningDataModule):
@@ -89,6 +106,12 @@ class MixtureDataModule(LightningDataModule):
             {name: module.micro_batch for name, module in self.modules.items()},
             world,
         )
+
+    def check(self, autoencoder: Autoencoder) -> None:
+        """Precomputed latents must be this autoencoder's. Raises ValueError."""
+        for module in self.modules.values():
+            if isinstance(module.stream, LatentStream):
+                module.stream.check(autoencoder)
 
     def train_dataloader(self) -> CombinedLoader:
         assert self.trainer is not None

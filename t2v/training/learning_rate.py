@@ -15,7 +15,8 @@ def cosine(total_steps: int, warmup_steps: int = 0, final: float = 0.0) -> Calla
     """Linear warm-up, then a half cosine down to `final` at `total_steps`."""
     if total_steps <= warmup_steps:
         raise ValueError(
-            f"a cosine of {total_steps} steps cannot hold a warm-up of {warmup_steps}: raise trainer.max_steps or lower lr_schedule.warmup_steps"
+            f"a cosine of {total_steps} steps cannot hold a warm-up of {warmup_steps}: raise trainer.max_steps or lower "
+            "lr_schedule.warmup_steps"
         )
 
     def factor(step: int) -> float:

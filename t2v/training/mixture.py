@@ -85,7 +85,8 @@ class StepPlan:
             ranks = mixture.world_of(stream, world)
             if samples < ranks:
                 raise ValueError(
-                    f"a global batch of {samples} {stream} samples cannot be divided between {ranks} ranks: raise batch.{stream} to {ranks} or use fewer ranks"
+                    f"a global batch of {samples} {stream} samples cannot be divided between {ranks} ranks: "
+                    f"raise batch.{stream} to {ranks} or use fewer ranks"
                 )
             if micro_batch[stream] < 1:
                 raise ValueError(f"micro_batch.{stream} is {micro_batch[stream]}: it must be at least 1")

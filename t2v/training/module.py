@@ -77,6 +77,7 @@ class TextToVideoModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.frozen.to(self.device)
+        self.trainer.datamodule.check(self.frozen.autoencoder)  # type: ignore[attr-defined]
 
     def configure_optimizers(self) -> Any:
         temporal = {name: any(part in name for part in TEMPORAL_MODULES) for name, _ in self.unet.named_parameters()}
@@ -100,7 +101,8 @@ class TextToVideoModule(LightningModule):
     def encode(self, stream: str, clips: ClipBatch) -> LatentBatch:
         """Eq. 1 and Eq. 3. Frames -> moments (slow; may be done offline) -> latents (a sample of the posterior), captions -> text."""
         autoencoder, text_encoder = self.frozen.autoencoder, self.frozen.text_encoder
-        moments = autoencoder.moments(clips.frames)  # (b f h w 2c)
+        precomputed = clips.frames.is_floating_point()  # t2v.encode stored the moments instead of the frames
+        moments = clips.frames.float() if precomputed else autoencoder.moments(clips.frames)  # (b f h w 2c)
         _, f, h, w, c = moments.shape
         noise = normal(self._keys("posterior", stream, clips), (c // 2, f, h, w)).to(moments.device)
         dropped = uniform(self._keys("caption", stream, clips)) < self.caption_dropout

@@ -34,9 +34,17 @@ def quiet_third_parties() -> None:
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
 
 
+def first_process() -> bool:
+    """Of all ranks, before they are connected: SLURM numbers its tasks; Lightning and torchrun number the processes they start."""
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
+
+
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold <folder>/run.lock; ValueError with host and pid if another process does. The kernel frees it when this process ends, however it ends."""
+    """Hold <folder>/run.lock; ValueError with host and pid if another process does. The kernel frees it when this one ends, however."""
+    if not first_process():
+        yield
+        return
     path = folder / "run.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +95,6 @@ def train(
 
     `trainer` and `loggers` are called once the checkpoint is known; `config` is the resolved configuration as text.
     """
-    rank_zero = int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("SLURM_PROCID", "0")) == 0
     checkpoint = resume_from(resume, folder)
     step = folder_format.read_card(checkpoint).step if checkpoint is not None else None
     lightning_trainer = trainer(
@@ -99,14 +106,12 @@ def train(
     datamodule = data()
     plan = datamodule.plan(lightning_trainer.world_size)  # type: ignore[attr-defined]
     lightning_trainer.accumulate_grad_batches = plan.accumulate
-    if rank_zero:
+    if first_process():
         print(f"run      {folder}")
         print(f"resume   {'step ' + str(step) + ' from ' + str(checkpoint) if checkpoint else 'nothing: a fresh start'}")
         parts = ", ".join(f"{count} {stream}s (weight {plan.weights[stream]:.3g})" for stream, count in plan.global_batch.items())
-        print(
-            f"a step   {parts} on {plan.world} rank{'s' * (plan.world > 1)}, in {plan.accumulate} micro-batch{'es' * (plan.accumulate > 1)}",
-            flush=True,
-        )
+        pieces = f"{plan.accumulate} micro-batch{'es' * (plan.accumulate > 1)}"
+        print(f"a step   {parts} on {plan.world} rank{'s' * (plan.world > 1)}, in {pieces}", flush=True)
         (folder / "config.yaml").write_text(config, encoding="utf-8")
     if step is None:
         add_text(lightning_trainer, "config", f"```yaml\n{config}\n```")

@@ -1,0 +1,101 @@
+"""Every shipped configuration composes, and every `_target_` exists and takes the arguments that it is given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from t2v.configuration import config_dir
+
+CONF = config_dir()
+
+
+def composed(entry: str, *overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(entry, overrides=list(overrides), return_hydra_config=False)
+    return cfg
+
+
+def targets(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+    """Every node with a `_target_`; interpolated copies included."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield path, node
+        for key in node:
+            if not OmegaConf.is_missing(node, key):
+                yield from targets(node.get(key), f"{path}.{key}")
+    elif isinstance(node, ListConfig):
+        for number, item in enumerate(node):
+            yield from targets(item, f"{path}.{number}")
+
+
+def check_targets(cfg: DictConfig) -> None:
+    for path, node in targets(cfg):
+        target = get_object(node["_target_"])
+        signature = inspect.signature(target)
+        given = {key for key in node if not str(key).startswith("_")}
+        if any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+            continue
+        unknown = given - set(signature.parameters)
+        assert not unknown, f"{path}: {node['_target_']} takes no {', '.join(sorted(unknown))}"
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def train_config(*overrides: str) -> DictConfig:
+    cfg = composed("train", *overrides, "name=test", "run=test")
+    for key in ("trainer.profiler.dirpath",):
+        if OmegaConf.select(cfg, key, throw_on_missing=False, throw_on_resolution_failure=False) is not None or "profiler" in str(
+            overrides
+        ):
+            OmegaConf.update(cfg, key, "profile")
+    return cfg
+
+
+@pytest.mark.parametrize("experiment", names("experiment"))
+def test_experiment_matches_the_signatures_it_feeds(experiment: str) -> None:
+    check_targets(train_config(f"experiment={experiment}"))
+
+
+GROUPS = [
+    (group, option)
+    for group in ("data", "mixture", "unet", "autoencoder", "text_encoder", "init", "schedule", "objective", "sampler", "optimizer")
+    for option in names(group)
+] + [
+    (group, option) for group in ("lr_schedule", "trainer", "strategy", "callbacks", "logger", "debug", "paths") for option in names(group)
+]
+
+
+@pytest.mark.parametrize(("group", "option"), GROUPS)
+def test_every_option_matches_the_signatures_it_feeds(group: str, option: str) -> None:
+    check_targets(train_config("experiment=shapes", f"{group}={option}"))
+
+
+def test_base_256_states_the_paper() -> None:
+    """Section 4.1.3 and 4.1.2, value by value."""
+    cfg = train_config("experiment=base_256")
+    assert cfg.optimizer["_target_"] == "torch.optim.AdamW"
+    assert cfg.optimizer.lr == 5e-5
+    assert (cfg.batch.image, cfg.batch.video, cfg.trainer.max_steps) == (1400, 3200, 267_000)
+    assert (cfg.data.video.num_frames, cfg.data.video.fps, cfg.data.video.size, cfg.data.image.size) == (16, 3, 256, 256)
+    assert cfg.mixture.image_weight == 1 / 8
+    assert cfg.schedule.num_timesteps == 1000
+    assert (cfg.sampler.scheduler, cfg.sampler.num_steps) == ("ddim", 50)
+    assert (cfg.unet.num_temporal_convs, cfg.unet.num_temporal_attentions) == (4, 2)  # N_2, N_4
+    assert cfg.unet.cross_attention_dim == 1024
+
+
+def test_heavy_nodes_are_interpolated_once() -> None:
+    """Hydra would build a network for every `${unet}`."""
+    text = "\n".join(path.read_text() for path in Path(CONF).rglob("*.yaml"))
+    for heavy in ("unet", "autoencoder", "text_encoder"):
+        assert text.count("${" + heavy + "}") == 1, heavy

@@ -1,0 +1,57 @@
+"""Run names, help, and errors that fit on one line; each command in its own process, as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from t2v.configuration import config_dir, run_name
+
+
+def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+    return subprocess.run([sys.executable, "-m", "t2v.train", *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def test_run_names_ignore_order_devices_and_paths() -> None:
+    name = run_name(["experiment=shapes", "seed=1"])
+    assert name == run_name(["seed=1", "experiment=shapes", "trainer.devices=4", "paths.data=/x", "resume=none", "hydra/launcher=slurm"])
+    assert name != run_name(["experiment=shapes", "seed=2"])
+
+
+def test_help_and_configuration_need_no_heavy_import(tmp_path: Path) -> None:
+    for arguments in (("--help",), ("--cfg", "job", "experiment=base_256")):
+        before = time.process_time(), os.times().children_user
+        result = train(*arguments, cwd=tmp_path)
+        assert result.returncode == 0
+        assert os.times().children_user - before[1] < 3  # seconds of processor time
+    assert "267000" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "Available options: "),
+        (("experiment=shpes",), "Did you mean shapes"),
+        (("experiment=shapes", "optimzer.lr=1"), "Did you mean optimizer.lr"),
+        (("experiment=shapes", "trainer.max_step=1"), "trainer.max_steps"),
+        (("experiment=shapes", "mixture=jont"), "Did you mean joint"),
+    ],
+)
+def test_misspelt_options_name_near_matches_in_one_line(tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
+    result = train(*arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert expected in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_conf_is_found() -> None:
+    assert (config_dir() / "experiment" / "base_256.yaml").is_file()
