@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from t2v.models.names import text_tower_state
 
-TOKENS, VOCABULARY = 77, 49_408
+TOKENS, VOCABULARY, PADDING = 77, 49_408, 0
 VIT_H = {"width": 1024, "layers": 24, "heads": 16}
 
 
@@ -32,10 +32,14 @@ class TextEncoder:
         self._sha256: str | None = None
 
     @classmethod
-    def random(cls, seed: int = 0, width: int = 128, layers: int = 2, heads: int = 2, token_std: float = 1.0) -> TextEncoder:
+    def random(
+        cls, seed: int = 0, width: int = 128, layers: int = 2, heads: int = 2, token_std: float = 1.0, summary: float = 16.0
+    ) -> TextEncoder:
         """A small tower of random weights, the same bits on every machine: uniform numbers times a constant, one rounding each.
 
-        Tokens are large beside what the layers add, so that words stay visible in the output.
+        Words stay visible where they stand, and `summary`, the gain of the attention layers, lets every later position carry the mean of the
+        words before it, as the positions after the end do in a trained tower: whoever attends to all 77 positions alike still reads the
+        sentence. The padding token is zero, so that it says nothing itself.
         """
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}: use heads that divide the width")
@@ -57,8 +61,10 @@ class TextEncoder:
                 else:  # norms and biases
                     parameter.fill_(1.0 if name.endswith("weight") else 0.0)
                     continue
+                std = std * summary if name.endswith("attn.out_proj.weight") else std
                 uniform = torch.rand(parameter.shape, generator=generator)
                 parameter.copy_((uniform - 0.5) * (std * 12**0.5))
+            tower.token_embedding.weight[PADDING] = 0
         return cls(tower, "TextEncoder.random", config)
 
     @classmethod
