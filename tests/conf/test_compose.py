@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from t2v.configuration import config_dir
@@ -71,7 +72,9 @@ GROUPS = [
     for group in ("data", "mixture", "unet", "autoencoder", "text_encoder", "init", "schedule", "objective", "sampler", "optimizer")
     for option in names(group)
 ] + [
-    (group, option) for group in ("lr_schedule", "trainer", "strategy", "callbacks", "logger", "debug", "paths") for option in names(group)
+    (group, option)
+    for group in ("lr_schedule", "trainer", "strategy", "callbacks", "logger", "debug", "sweep", "paths")
+    for option in names(group)
 ]
 
 
@@ -92,6 +95,13 @@ def test_base_256_states_the_paper() -> None:
     assert (cfg.sampler.scheduler, cfg.sampler.num_steps) == ("ddim", 50)
     assert (cfg.unet.num_temporal_convs, cfg.unet.num_temporal_attentions) == (4, 2)  # N_2, N_4
     assert cfg.unet.cross_attention_dim == 1024
+
+
+def test_base_256_builds_the_paper_s_network() -> None:
+    """On meta: no memory is spent."""
+    with torch.device("meta"):
+        unet = instantiate(train_config("experiment=base_256").unet)
+    assert sum(parameter.numel() for parameter in unet.parameters()) == 1_411_233_860
 
 
 def test_heavy_nodes_are_interpolated_once() -> None:

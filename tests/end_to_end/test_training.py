@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from t2v.checkpoint import MARKER
 from tests.end_to_end.conftest import Trainings
 
 
@@ -24,13 +27,11 @@ def losses(run: Path) -> dict[tuple[str, int], float]:
 
 
 def test_killed_run_continues_bit_for_bit(trainings: Trainings) -> None:
-    """Straight to step 8, against SIGKILL after step 4 and the same command again: 2 workers, both streams, dropout on, shuffle buffers part used."""
+    """Straight to step 8, against SIGKILL after step 4 and again: 2 workers, both streams, dropout on, shuffle buffers part used."""
     same = ("trainer.max_steps=8", "loader.num_workers=2", "callbacks.checkpoints.every_n_steps=4")
     code, output = trainings.run("run=straight", *same)
     assert code == 0, output
-    marker = trainings.checkpoint("killed", 4) / "complete"
-    marker = next(iter(trainings.checkpoint("straight", 8).glob("complete*")))
-    wanted = trainings.checkpoint("killed", 4) / marker.name
+    wanted = trainings.checkpoint("killed", 4) / MARKER
     code, _ = trainings.stop_when(wanted.exists, signal.SIGKILL, "run=killed", *same)
     assert code == -signal.SIGKILL
     assert not trainings.checkpoint("killed", 8).exists()
@@ -93,7 +94,7 @@ def test_ctrl_c_saves_and_a_second_writer_is_refused(trainings: Trainings) -> No
     try:
         while not first.exists():
             assert process.poll() is None, process.communicate()[0]
-            signal.pause if False else __import__("time").sleep(0.05)
+            time.sleep(0.05)
         code, output = trainings.run(*command)
         assert code == 1
         assert f"pid {process.pid}" in output.strip().splitlines()[-1]
@@ -108,7 +109,9 @@ def test_ctrl_c_saves_and_a_second_writer_is_refused(trainings: Trainings) -> No
 
 
 def test_not_a_number_names_step_samples_and_layer(trainings: Trainings) -> None:
-    code, output = trainings.run("run=nan", "trainer.max_steps=8", "optimizer.lr=1e30", "loader.num_workers=0", "lr_schedule.warmup_steps=0")
+    code, output = trainings.run(
+        "run=nan", "trainer.max_steps=8", "optimizer.lr=1e30", "loader.num_workers=0", "lr_schedule.warmup_steps=0"
+    )
     assert code == 1
     line = output.strip().splitlines()[-1]
     assert line.startswith("error: step "), output
@@ -126,9 +129,9 @@ def test_not_a_number_names_step_samples_and_layer(trainings: Trainings) -> None
     ],
 )
 def test_bad_input_ends_in_one_line(trainings: Trainings, overrides: tuple[str, ...], expected: str) -> None:
-    base = [argument for argument in trainings.command(*overrides) if not (argument.startswith("data.") and overrides[0] == "data=laion_webvid")]
-    import subprocess
-
+    base = [
+        argument for argument in trainings.command(*overrides) if not (argument.startswith("data.") and overrides[0] == "data=laion_webvid")
+    ]
     result = subprocess.run(base, capture_output=True, text=True, cwd=trainings.folder)
     assert result.returncode == 1, result.stdout + result.stderr
     last = result.stderr.strip().splitlines()[-1]
@@ -139,7 +142,13 @@ def test_bad_input_ends_in_one_line(trainings: Trainings, overrides: tuple[str, 
 
 def test_three_ranks_make_the_update_of_one(trainings: Trainings) -> None:
     """Sizes that 3 does not divide (5 images, 4 videos), accumulation on one side only, dropout off: the same weights to rounding."""
-    same = ("trainer.max_steps=2", "unet.temporal_dropout=0.0", "batch.video=4", "loader.num_workers=0", "callbacks.checkpoints.every_n_steps=1")
+    same = (
+        "trainer.max_steps=2",
+        "unet.temporal_dropout=0.0",
+        "batch.video=4",
+        "loader.num_workers=0",
+        "callbacks.checkpoints.every_n_steps=1",
+    )
     code, output = trainings.run("run=one", *same)
     assert code == 0, output
     code, output = trainings.run("run=three", *same, "strategy=ddp", "trainer.devices=3")
@@ -156,3 +165,34 @@ def test_sweep_returns_its_metric(trainings: Trainings) -> None:
     runs = sorted((trainings.folder / "shapes" / "runs").glob("*/results.json"))
     assert len(runs) == 2
     assert all("score/all" in json.loads(path.read_text())["metrics"] for path in runs)
+
+
+@pytest.mark.slow
+def test_debug_presets(trainings: Trainings) -> None:
+    code, output = trainings.run("debug=one_batch", "loader.num_workers=0")
+    assert code == 0, output
+    assert "trained  2 steps" in output
+    code, output = trainings.run("debug=profiler", "trainer.max_steps=2", "loader.num_workers=0")
+    assert code == 0, output
+    assert list((trainings.folder / "shapes" / "runs").glob("debug_profiler_*/*profile*"))
+    code, output = trainings.run("debug=overfit", "trainer.max_steps=3", "loader.num_workers=0", "callbacks.checkpoints.every_n_steps=1")
+    assert code == 0, output
+    run = next((trainings.folder / "shapes" / "runs").glob("debug_overfit_*"))
+    readers = json.loads((run / "checkpoints" / "step-00000003" / "data" / "readers.json").read_text())
+    assert len(readers["video"]["cursors"]) == 3  # three samples, whatever the steps
+
+
+def test_evaluation_during_training(trainings: Trainings) -> None:
+    """FVD's machinery on shapes, at a step and at the end; names carry the number of videos."""
+    code, output = trainings.run(
+        "run=measured",
+        "callbacks=shapes_fvd",
+        "callbacks.evaluation.protocol.num_videos=16",
+        "callbacks.evaluation.every_n_steps=1",
+        "trainer.max_steps=2",
+        "loader.num_workers=0",
+    )
+    assert code == 0, output
+    assert "val/fvd_shapes_n16" in output
+    events = EventAccumulator(str(trainings.folder / "shapes" / "runs" / "measured" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("val/fvd_shapes_n16")] == [1, 2]

@@ -1,0 +1,75 @@
+"""FID-vid, FVD and CLIPSIM during training: the code of `t2v.evaluate` on a subset, from the EMA weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, Trainer
+from torch import Tensor
+
+from t2v.diffusion.sampling import Sampler
+from t2v.evaluation import Protocol, QuickEvaluation
+from t2v.evaluation.scores import extractors_of
+from t2v.evaluation.shapes import CheckerFeatures
+from t2v.metrics import weights
+
+
+class Evaluation(Callback):
+    """Every `every_n_steps` optimizer steps and at the end: `val/fvd_n256` and the like; the number is that of the videos.
+
+    Every rank generates and measures the same number of videos. The networks' weights and the real clips are found before the first step.
+    `paths`: weight files by network, where they do not lie in T2V_WEIGHTS or a cache. `cache`: features of the real clips, on a disk that
+    all ranks share.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        dataset: Any,
+        every_n_steps: int = 5000,
+        sampler: Sampler | None = None,
+        paths: Mapping[str, str | None] | None = None,
+        cache: str | None = None,
+    ) -> None:
+        self.protocol, self.every_n_steps, self.sampler = protocol, every_n_steps, sampler
+        names = extractors_of(protocol.metrics)
+        extractors, _ = weights.load([name for name in names if name != "checker"], paths)
+        if "checker" in names:
+            extractors["checker"] = CheckerFeatures(protocol.fps)
+        self.measure = QuickEvaluation(protocol, dataset, extractors, Path(cache) if cache else weights.default_cache())
+        self.measured_step = -1
+
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        self.measured_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step != self.measured_step and step % self.every_n_steps == 0 and step < trainer.max_steps:
+            self.evaluate(trainer, module)
+
+    def evaluate(self, trainer: Trainer, module: Any) -> str:
+        """Every rank must call it. Returns a Markdown table."""
+        self.measured_step = trainer.global_step
+        protocol, pipeline = self.protocol, module.pipeline(self.sampler)
+
+        def generate(captions: list[str], seeds: list[int]) -> Tensor:
+            with trainer.precision_plugin.forward_context():
+                return pipeline(
+                    captions,
+                    seed=protocol.seed,
+                    indices=seeds,
+                    num_frames=protocol.num_frames,
+                    height=protocol.size,
+                    width=protocol.size,
+                    batch_size=protocol.chunk,
+                )
+
+        with torch.random.fork_rng(devices=[]):
+            metrics = self.measure(generate, trainer.global_rank, trainer.world_size, module.device)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(metrics, trainer.global_step)
+        return "\n".join(["| measured on EMA weights | |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in metrics.items())])
