@@ -25,10 +25,10 @@ train: setup  ## train the shapes model on this machine (about 12 minutes on 2 c
 	@$(BIN)/python -m t2v.train experiment=shapes $(ARGS)
 
 test: setup  ## tests that need no GPU and fetch nothing (under 8 minutes on 2 cores)
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: setup  ## longer tests: chaos, full size, SLURM (40 minutes at most)
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --timeout 1800 $(ARGS)
 
 check: setup  ## lint, format, types, import directions
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

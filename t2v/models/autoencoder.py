@@ -118,7 +118,8 @@ class Autoencoder:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Autoencoder:
         self.sha256()  # of the weights as loaded, whatever type they are cast to
-        torch.nn.Module.to(self.model, device=device, dtype=dtype)  # diffusers' own warns about parts to keep in float32, of which there are none
+        # diffusers' own `to` warns about parts to keep in float32, of which there are none
+        torch.nn.Module.to(self.model, device=device, dtype=dtype)
         return self
 
     def sha256(self) -> str:

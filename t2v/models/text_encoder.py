@@ -37,7 +37,7 @@ class TextEncoder:
     ) -> TextEncoder:
         """A small tower of random weights, the same bits on every machine: uniform numbers times a constant, one rounding each.
 
-        Words stay visible where they stand, and `summary`, the gain of the attention layers, lets every later position carry the mean of the
+        Words stay visible where they stand, and `summary`, the gain of the attention layers, lets later positions carry the mean of the
         words before it, as the positions after the end do in a trained tower: whoever attends to all 77 positions alike still reads the
         sentence. The padding token is zero, so that it says nothing itself.
         """
