@@ -3,11 +3,13 @@
     python -m t2v.export checkpoint=experiments/base_256/runs/1a2b3c4d format=diffusers output=exported
     python -m t2v.export weights=modelscope:DIR format=diffusers output=exported
 
-diffusers: a folder that TextToVideoSDPipeline loads. modelscope: the folder of ModelScope's own library. conf/export.yaml has every option.
+diffusers: a folder that TextToVideoSDPipeline loads. modelscope: the folder of ModelScope's own library. t2v: a checkpoint of one set of
+weights, without what only a resume needs; the shipped model is one. conf/export.yaml has every option.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -17,7 +19,7 @@ from omegaconf import DictConfig
 
 from t2v.configuration import entry
 
-FORMATS = ("diffusers", "modelscope")
+FORMATS = ("diffusers", "modelscope", "t2v")
 
 
 def export(cfg: DictConfig) -> None:
@@ -40,9 +42,16 @@ def export(cfg: DictConfig) -> None:
     if cfg.dtype not in types:
         raise ValueError(f"dtype={cfg.dtype} is unknown; there are {', '.join(types)}")
     kind, folder = checkpoint.split_place(cfg.checkpoint or cfg.weights)
+    if cfg.format == "t2v" and kind is not None:
+        raise ValueError(f"format=t2v takes a checkpoint=PATH of t2v, not weights={cfg.weights}")
     options = {"autoencoder": cfg.autoencoder, "text_encoder": cfg.text_encoder}
     if kind is None:
         unet, frozen, card = checkpoint.read_model(folder, cfg.ema, **options)
+        if cfg.format == "t2v":
+            save = functools.partial(checkpoint.save_weights, unet, dtype=types[cfg.dtype])
+            checkpoint.write(output, {checkpoint.UNET: save}, card)
+            print(f"checkpoint written: {output}")
+            return
         schedule = card.schedule
     else:
         model = checkpoint.read_foreign(kind, folder, **options)

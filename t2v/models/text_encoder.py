@@ -32,14 +32,12 @@ class TextEncoder:
         self._sha256: str | None = None
 
     @classmethod
-    def random(
-        cls, seed: int = 0, width: int = 128, layers: int = 2, heads: int = 2, token_std: float = 1.0, summary: float = 16.0
-    ) -> TextEncoder:
+    def random(cls, seed: int = 0, width: int = 128, layers: int = 2, heads: int = 2, token_std: float = 1.0) -> TextEncoder:
         """A small tower of random weights, the same bits on every machine: uniform numbers times a constant, one rounding each.
 
-        Words stay visible where they stand, and `summary`, the gain of the attention layers, lets later positions carry the mean of the
-        words before it, as the positions after the end do in a trained tower: whoever attends to all 77 positions alike still reads the
-        sentence. The padding token is zero, so that it says nothing itself.
+        Tokens are large beside what the layers add, so that words stay visible where they stand. Positions and padding are zero: what is
+        left at the positions after the end is the sentence that causal attention gathered, as in a trained tower, so that even someone
+        who attends to all 77 alike reads it. Order is known by that attention alone.
         """
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}: use heads that divide the width")
@@ -55,13 +53,12 @@ class TextEncoder:
                 if name == "token_embedding.weight":
                     std = token_std
                 elif name == "positional_embedding":
-                    std = 0.5 * token_std
+                    std = 0.0
                 elif name.endswith(tuple(scales)):
                     std = width**-0.5 * next(scale for end, scale in scales.items() if name.endswith(end))
                 else:  # norms and biases
                     parameter.fill_(1.0 if name.endswith("weight") else 0.0)
                     continue
-                std = std * summary if name.endswith("attn.out_proj.weight") else std
                 uniform = torch.rand(parameter.shape, generator=generator)
                 parameter.copy_((uniform - 0.5) * (std * 12**0.5))
             tower.token_embedding.weight[PADDING] = 0

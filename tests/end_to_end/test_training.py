@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from t2v.checkpoint import MARKER
+from t2v.pipeline import TextToVideoPipeline
 from tests.end_to_end.conftest import Trainings
 
 
@@ -68,6 +70,15 @@ def test_whole_run_report_and_refusals(trainings: Trainings) -> None:
     assert any(tag.startswith("loss_by_timestep/video_q") for tag in scalars)
     assert "samples" in events.Tags()["images"]
     assert "config/text_summary" in events.Tags()["tensors"]
+    # its weights alone are a checkpoint too
+    small = trainings.folder / "small"
+    command = [sys.executable, "-m", "t2v.export", f"checkpoint={run}", "format=t2v", "dtype=float16", f"output={small}"]
+    subprocess.run(command, check=True, cwd=trainings.folder, capture_output=True)
+    assert (
+        sum(file.stat().st_size for file in small.iterdir()) < 0.55 * (trainings.checkpoint("whole", 2) / "ema.safetensors").stat().st_size
+    )
+    video = TextToVideoPipeline.from_pretrained(small, device="cpu")("a red circle", num_frames=1)
+    assert video.shape == (1, 64, 64, 3)
     # the same command again only reports
     code, output = trainings.run("run=whole", "trainer.max_steps=2", "loader.num_workers=0")
     assert code == 0

@@ -24,7 +24,7 @@ def test_random_tower_is_the_same_each_time_and_leaves_the_global_state() -> Non
     assert first.kind == "TextEncoder.random"
 
 
-SHA256_SEED0_WIDTH32 = "4c47c42802d7b6d06c1199244c45cd09fd3f5f9bc7dfb6ff337f44660c103ece"
+SHA256_SEED0_WIDTH32 = "128a684d610b9e4857d0eda6a101270132074d4584e122da41d034a7308f4ab7"
 
 
 def test_words_separate_linearly_at_their_positions() -> None:
