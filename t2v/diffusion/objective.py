@@ -26,3 +26,23 @@ class NoisePrediction:
         predicted = unet(noisy, timestep, text)
         dtype = torch.promote_types(predicted.dtype, torch.float32)
         return (predicted.to(dtype) - noise.to(dtype)).square().mean(dim=(1, 2, 3, 4))  # (b,)
+
+
+@dataclass(frozen=True)
+class MinSNRNoisePrediction(NoisePrediction):
+    """Eq. 5 with the weight min(SNR_t, gamma) / SNR_t on each step (Hang et al. 2023); not in the paper.
+
+    The nearly clean steps, whose noise a small autoencoder's own noise hides, no longer drown those in which the text decides.
+    """
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.gamma > 0:
+            raise ValueError(f"objective.gamma is {self.gamma}; it is a signal to noise ratio above 0 (Hang et al.: 5)")
+
+    def __call__(self, unet: Denoiser, latents: Tensor, text: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """As above, weighted: (b,)."""
+        losses = super().__call__(unet, latents, text, timestep, noise)
+        snr = self.schedule.snr(timestep).to(losses.dtype)
+        return losses * snr.clamp(max=self.gamma) / snr

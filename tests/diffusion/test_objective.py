@@ -1,7 +1,8 @@
+import pytest
 import torch
 from torch import Tensor
 
-from t2v.diffusion.objective import NoisePrediction
+from t2v.diffusion.objective import MinSNRNoisePrediction, NoisePrediction
 from t2v.diffusion.schedule import NoiseSchedule
 
 
@@ -35,3 +36,20 @@ def test_error_is_taken_in_float32() -> None:
 def test_empty_batch_gives_no_losses() -> None:
     none = torch.zeros(0, 4, 1, 2, 2)
     assert NoisePrediction()(lambda z, t, c: z, none, torch.zeros(0, 1, 1), torch.zeros(0, dtype=torch.int64), none).shape == (0,)
+
+
+def test_min_snr_weighs_clean_steps_down_and_noisy_ones_not_at_all() -> None:
+    latents, noise, text = torch.randn(3, 4, 2, 2, 2), torch.randn(3, 4, 2, 2, 2), torch.randn(3, 5, 8)
+    timestep = torch.tensor([0, 400, 999])
+
+    def unet(z: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(z)
+
+    plain, weighted = NoisePrediction(), MinSNRNoisePrediction(gamma=1.0)
+    ratio = weighted(unet, latents, text, timestep, noise) / plain(unet, latents, text, timestep, noise)
+    snr = plain.schedule.snr(timestep)
+    assert torch.allclose(ratio.double(), snr.clamp(max=1.0) / snr, rtol=1e-5)
+    assert ratio[0] < 0.01
+    assert ratio[2] == 1
+    with pytest.raises(ValueError, match="above 0"):
+        MinSNRNoisePrediction(gamma=0.0)
