@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -c constraints.txt -e '.[$(EXTRAS)]' 2> >(grep -v ' is ignored: it is neither' >&2)
 	@touch $@
 
-train: setup  ## train the shapes model on this machine (about 12 minutes on 2 cores); continues after an interruption
+train: setup  ## train the shapes model on this machine (about 10 minutes on 2 cores); continues after an interruption
 	@$(BIN)/python -m t2v.train experiment=shapes $(ARGS)
 
 test: setup  ## tests that need no GPU and fetch nothing (under 8 minutes on 2 cores)
