@@ -99,7 +99,12 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
             os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach this function instead of Hydra's own report
             try:
                 hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(task)()
-            except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+            except OSError as error:  # the task reports its own: this is Hydra making the run's folder
+                if show_traceback:
+                    raise
+                place = "paths.experiments" if config_name == "train" else "hydra.run.dir"
+                _exit_with(OSError(f"cannot make the run's folder: {error}. Choose another place with {place}=FOLDER"))
+            except (ValueError, HydraException, OmegaConfBaseException) as error:
                 if show_traceback:
                     raise
                 _exit_with(error)

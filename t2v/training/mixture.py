@@ -51,16 +51,16 @@ class RankMixture(JointMixture):
             )
 
     def roles(self, rank: int, world: int) -> dict[str, Role]:
-        images = math.ceil(world / self.PERIOD)
-        if world < 2:
-            raise ValueError(
-                f"mixture=rank needs at least 2 ranks, one for images and one for videos, but there is {world}: use mixture=joint"
-            )
+        images = self.world_of("image", world)
         if rank % self.PERIOD == 0:
             return {"image": Role(rank // self.PERIOD, images)}
         return {"video": Role(rank - rank // self.PERIOD - 1, world - images)}
 
     def world_of(self, stream: str, world: int) -> int:
+        if world < 2:
+            raise ValueError(
+                f"mixture=rank needs at least 2 ranks, one for images and one for videos, but there is {world}: use mixture=joint"
+            )
         images = math.ceil(world / self.PERIOD)
         return images if stream == "image" else world - images
 

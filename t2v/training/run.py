@@ -19,6 +19,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 
 from t2v import checkpoint as folder_format
+from t2v.checkpoint import ModelCard
 from t2v.training.callbacks.samples import SampleVideos
 from t2v.training.checkpoints import Checkpoints, FolderCheckpointIO
 from t2v.training.tensorboard import add_text
@@ -80,6 +81,26 @@ def resume_from(resume: str, folder: Path) -> Path | None:
     return folder_format.find(resume)
 
 
+def same_model(stored: ModelCard, wanted: ModelCard, checkpoint: Path) -> None:
+    """Raise ValueError where a checkpoint is of another network or was trained with other frozen parts."""
+    for name in ("unet", "text_encoder", "autoencoder"):
+        old, new = (json.loads(json.dumps(getattr(card, name).to_dict())) for card in (stored, wanted))
+        if name == "autoencoder":
+            old, new = {"sha256": old["sha256"]}, {"sha256": new["sha256"]}  # where it lies may change
+        if old == new:
+            continue
+        old, new = old | old.pop("arguments", {}), new | new.pop("arguments", {})
+        differences = [
+            f"{key} is {old.get(key)} there and {new.get(key)} here"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+        raise ValueError(
+            f"{checkpoint} holds another {name}: {'; '.join(differences)}. Continue with its own configuration, or start another "
+            "run with run=NAME"
+        )
+
+
 def train(
     *,
     module: LightningModule,
@@ -96,7 +117,11 @@ def train(
     `trainer` and `loggers` are called once the checkpoint is known; `config` is the resolved configuration as text.
     """
     checkpoint = resume_from(resume, folder)
-    step = folder_format.read_card(checkpoint).step if checkpoint is not None else None
+    step = None
+    if checkpoint is not None:
+        card = folder_format.read_card(checkpoint)
+        step = card.step
+        same_model(card, module.describe(step), checkpoint)  # type: ignore[operator]
     lightning_trainer = trainer(
         callbacks=list(callbacks.values()),
         logger=loggers(step),
