@@ -177,21 +177,6 @@ def test_sweep_returns_its_metric(trainings: Trainings) -> None:
     assert all("score/all" in json.loads(path.read_text())["metrics"] for path in runs)
 
 
-@pytest.mark.slow
-def test_debug_presets(trainings: Trainings) -> None:
-    code, output = trainings.run("debug=one_batch", "loader.num_workers=0")
-    assert code == 0, output
-    assert "trained  2 steps" in output
-    code, output = trainings.run("debug=profiler", "trainer.max_steps=2", "loader.num_workers=0")
-    assert code == 0, output
-    assert list((trainings.folder / "shapes" / "runs").glob("debug_profiler_*/*profile*"))
-    code, output = trainings.run("debug=overfit", "trainer.max_steps=3", "loader.num_workers=0", "callbacks.checkpoints.every_n_steps=1")
-    assert code == 0, output
-    run = next((trainings.folder / "shapes" / "runs").glob("debug_overfit_*"))
-    readers = json.loads((run / "checkpoints" / "step-00000003" / "data" / "readers.json").read_text())
-    assert len(readers["video"]["cursors"]) == 3  # three samples, whatever the steps
-
-
 def test_evaluation_during_training(trainings: Trainings) -> None:
     """FVD's machinery on shapes, at a step and at the end; names carry the number of videos."""
     code, output = trainings.run(
