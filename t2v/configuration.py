@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
         @functools.wraps(main)
         def task(cfg: DictConfig) -> Any:
             try:
-                return main(cfg)
+                with _environment("HYDRA_FULL_ERROR", "1" if show_traceback else None):  # as the user has it: main may start ranks
+                    return main(cfg)
             except (ValueError, OSError, KeyboardInterrupt, HydraException, OmegaConfBaseException) as error:
                 from hydra.core.hydra_config import HydraConfig
                 from hydra.types import RunMode
@@ -96,9 +98,9 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
             if {"--help", "-h"} & set(sys.argv[1:]):
                 print(_help(main, config_name))
                 return
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach this function instead of Hydra's own report
             try:
-                hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(task)()
+                with _environment("HYDRA_FULL_ERROR", "1"):  # so that errors reach this function instead of Hydra's own report
+                    hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(task)()
             except OSError as error:  # the task reports its own: this is Hydra making the run's folder
                 if show_traceback:
                     raise
@@ -112,6 +114,24 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
         return run
 
     return decorate
+
+
+@contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """An environment variable set (None: absent) for a while."""
+
+    def put(value: str | None) -> None:
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+    before = os.environ.get(name)
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 def _help(main: Callable[[DictConfig], Any], config_name: str) -> str:

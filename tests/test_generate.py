@@ -1,6 +1,7 @@
 import os
 import resource
 import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -30,13 +31,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     GlobalHydra.instance().clear()
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)  # the entry point of an earlier test has set it
     monkeypatch.setattr(sys, "argv", ["t2v-generate", *arguments])
     generate.main()
 
 
 def test_one_prompt(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    before = dict(os.environ)
     run(monkeypatch, "prompt=A red, (big) circle's way: left", f"checkpoint={folder}", "device=cpu", "output=here", "seed=3")
+    assert dict(os.environ).get("HYDRA_FULL_ERROR") == before.get("HYDRA_FULL_ERROR")  # what this process starts next reports as usual
     path = Path("here/0000-a-red-big-circle-s-way-left-seed3.mp4")
     assert {file.name for file in tmp_path.iterdir()} == {"models", "here"}  # no outputs/, no log
     assert list((tmp_path / "here").iterdir()) == [tmp_path / path]
