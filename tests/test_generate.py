@@ -1,7 +1,6 @@
 import os
 import resource
 import subprocess
-import os
 import sys
 from pathlib import Path
 
