@@ -13,13 +13,19 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+if TYPE_CHECKING:
+    import torch
+
+    from t2v.pipeline import TextToVideoPipeline
 
 IGNORED_IN_RUN_NAMES = (
     "resume",
@@ -114,6 +120,36 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
         return run
 
     return decorate
+
+
+def pipeline_of(cfg: DictConfig, place: str | Path, device: torch.device | str | None) -> TextToVideoPipeline:
+    """What lies at `place`, with the dtype, weights and sampler that an entry point's options ask for. ValueError for an unknown dtype."""
+    import torch
+    from hydra.utils import instantiate
+
+    from t2v.diffusion.guidance import ClassifierFreeGuidance
+    from t2v.pipeline import TextToVideoPipeline
+
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if cfg.dtype is not None and cfg.dtype not in types:
+        raise ValueError(f"dtype={cfg.dtype} is unknown; there are {', '.join(types)}")
+    pipeline = TextToVideoPipeline.from_pretrained(
+        place,
+        ema=cfg.ema,
+        device=device,
+        dtype=None if cfg.dtype is None else types[cfg.dtype],
+        autoencoder=cfg.autoencoder,
+        text_encoder=cfg.text_encoder,
+    )
+    sampler = pipeline.sampler
+    if cfg.get("sampler") is not None:
+        sampler = replace(instantiate(cfg.sampler), schedule=sampler.schedule)
+    if cfg.steps is not None:
+        sampler = replace(sampler, num_steps=cfg.steps)
+    if cfg.guidance is not None:
+        sampler = replace(sampler, guidance=ClassifierFreeGuidance(float(cfg.guidance)))
+    pipeline.sampler = sampler
+    return pipeline
 
 
 @contextmanager

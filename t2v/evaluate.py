@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +21,10 @@ from typing import TYPE_CHECKING, Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from t2v.configuration import entry
+from t2v.configuration import entry, pipeline_of
 
 if TYPE_CHECKING:
     from t2v.evaluation import Evaluator
-    from t2v.evaluation.videos import Generate
-    from t2v.pipeline import TextToVideoPipeline
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".ckpt", ".json")
 SHIPPED = Path(__file__).with_name("pretrained") / "shapes"
@@ -127,7 +124,9 @@ def measure_folder(cfg: DictConfig, evaluator: Evaluator) -> Any:
 
 
 def measure_model(cfg: DictConfig, evaluator: Evaluator, place: str | Path) -> Any:
-    pipeline = load(cfg, place, evaluator.device)
+    from t2v.evaluation.videos import generator
+
+    pipeline = pipeline_of(cfg, place, evaluator.device)
     sampler = pipeline.sampler
     details = {
         "model": identity(place),
@@ -138,52 +137,7 @@ def measure_model(cfg: DictConfig, evaluator: Evaluator, place: str | Path) -> A
         "seed": evaluator.protocol.seed,
         "dtype": str(next(pipeline.unet.parameters()).dtype),
     }
-    return evaluator.of_model(generate_function(pipeline, evaluator), cfg.subject or str(place), details)
-
-
-def generate_function(pipeline: TextToVideoPipeline, evaluator: Evaluator) -> Generate:
-    protocol = evaluator.protocol
-
-    def generate(captions: list[str], seeds: list[int]):  # type: ignore[no-untyped-def]
-        return pipeline(
-            captions,
-            seed=protocol.seed,
-            indices=seeds,
-            num_frames=protocol.num_frames,
-            height=protocol.size,
-            width=protocol.size,
-            batch_size=protocol.chunk,
-        )
-
-    return generate
-
-
-def load(cfg: DictConfig, place: str | Path, device: Any) -> TextToVideoPipeline:
-    import torch
-
-    from t2v.diffusion.guidance import ClassifierFreeGuidance
-    from t2v.pipeline import TextToVideoPipeline
-
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if cfg.dtype is not None and cfg.dtype not in types:
-        raise ValueError(f"dtype={cfg.dtype} is unknown; there are {', '.join(types)}")
-    pipeline = TextToVideoPipeline.from_pretrained(
-        place,
-        ema=cfg.ema,
-        device=device,
-        dtype=None if cfg.dtype is None else types[cfg.dtype],
-        autoencoder=cfg.autoencoder,
-        text_encoder=cfg.text_encoder,
-    )
-    sampler = pipeline.sampler
-    if cfg.get("sampler") is not None:
-        sampler = replace(instantiate(cfg.sampler), schedule=sampler.schedule)
-    if cfg.steps is not None:
-        sampler = replace(sampler, num_steps=cfg.steps)
-    if cfg.guidance is not None:
-        sampler = replace(sampler, guidance=ClassifierFreeGuidance(float(cfg.guidance)))
-    pipeline.sampler = sampler
-    return pipeline
+    return evaluator.of_model(generator(pipeline, evaluator.protocol), cfg.subject or str(place), details)
 
 
 def identity(place: str | Path) -> str:
@@ -196,9 +150,7 @@ def identity(place: str | Path) -> str:
     if ":" not in str(place):
         marker = checkpoint.find(path) / checkpoint.MARKER
         return hashlib.sha256(marker.read_bytes()).hexdigest()[:16]
-    files = (
-        [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".bin", ".pth", ".ckpt", ".json"))
-    )
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in WEIGHT_SUFFIXES)
     listing = "\n".join(f"{file.relative_to(path)}:{file.stat().st_size}" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()[:16]
 

@@ -15,17 +15,11 @@ import re
 import sys
 import time
 import warnings
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from t2v.configuration import entry
-
-if TYPE_CHECKING:
-    from t2v.pipeline import TextToVideoPipeline
+from t2v.configuration import entry, pipeline_of
 
 SHIPPED = "package:shapes"
 FREE_TEXT = ("prompt", "prompts", "checkpoint", "weights", "output", "autoencoder", "text_encoder")  # keys that hold no Hydra syntax
@@ -44,7 +38,7 @@ def generate(cfg: DictConfig) -> None:
     from t2v import checkpoint
 
     checkpoint.require_writable(output)
-    pipeline = load(cfg)
+    pipeline = pipeline_of(cfg, cfg.weights or cfg.checkpoint or SHIPPED, cfg.device)
     sampler = pipeline.sampler
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     print(f"{sampler.scheduler}, {sampler.num_steps} steps, guidance {sampler.guidance.scale:g}, seed {cfg.seed}", flush=True)
@@ -83,34 +77,6 @@ def read_prompts(prompt: object, path: str | None) -> list[str]:
     if not prompts:
         raise ValueError(f"prompts={path} holds no prompt; write one a line")
     return prompts
-
-
-def load(cfg: DictConfig) -> TextToVideoPipeline:
-    import torch
-
-    from t2v.diffusion.guidance import ClassifierFreeGuidance
-    from t2v.pipeline import TextToVideoPipeline
-
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if cfg.dtype is not None and cfg.dtype not in types:
-        raise ValueError(f"dtype={cfg.dtype} is unknown; there are {', '.join(types)}")
-    pipeline = TextToVideoPipeline.from_pretrained(
-        cfg.weights or cfg.checkpoint or SHIPPED,
-        ema=cfg.ema,
-        device=cfg.device,
-        dtype=None if cfg.dtype is None else types[cfg.dtype],
-        autoencoder=cfg.autoencoder,
-        text_encoder=cfg.text_encoder,
-    )
-    sampler = pipeline.sampler
-    if cfg.get("sampler") is not None:
-        sampler = replace(instantiate(cfg.sampler), schedule=sampler.schedule)
-    if cfg.steps is not None:
-        sampler = replace(sampler, num_steps=cfg.steps)
-    if cfg.guidance is not None:
-        sampler = replace(sampler, guidance=ClassifierFreeGuidance(float(cfg.guidance)))
-    pipeline.sampler = sampler
-    return pipeline
 
 
 def show_progress(done: int, of: int) -> None:

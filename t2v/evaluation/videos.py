@@ -26,6 +26,23 @@ Generate = Callable[[list[str], list[int]], Tensor]
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif", ".png")
 
 
+def generator(pipeline: Callable[..., Tensor], protocol: Protocol) -> Generate:
+    """A pipeline (t2v.pipeline, or any callable with its arguments) that makes the protocol's clips, a chunk at once."""
+
+    def generate(captions: list[str], seeds: list[int]) -> Tensor:
+        return pipeline(
+            captions,
+            seed=protocol.seed,
+            indices=seeds,
+            num_frames=protocol.num_frames,
+            height=protocol.size,
+            width=protocol.size,
+            batch_size=protocol.chunk,
+        )
+
+    return generate
+
+
 def real_videos(dataset: Dataset, manifest: Manifest, protocol: Protocol) -> Videos:
     def load(index: int) -> Tensor:
         video = manifest.rows[index].video_id

@@ -14,6 +14,7 @@ from t2v.diffusion.sampling import Sampler
 from t2v.evaluation import Protocol, QuickEvaluation
 from t2v.evaluation.scores import extractors_of
 from t2v.evaluation.shapes import CheckerFeatures
+from t2v.evaluation.videos import generator
 from t2v.metrics import weights
 
 
@@ -53,21 +54,14 @@ class Evaluation(Callback):
     def evaluate(self, trainer: Trainer, module: Any) -> str:
         """Every rank must call it. Returns a Markdown table."""
         self.measured_step = trainer.global_step
-        protocol, pipeline = self.protocol, module.pipeline(self.sampler)
+        pipeline = module.pipeline(self.sampler)
 
-        def generate(captions: list[str], seeds: list[int]) -> Tensor:
+        def in_training_precision(captions: list[str], **options: Any) -> Tensor:
             with trainer.precision_plugin.forward_context():
-                return pipeline(
-                    captions,
-                    seed=protocol.seed,
-                    indices=seeds,
-                    num_frames=protocol.num_frames,
-                    height=protocol.size,
-                    width=protocol.size,
-                    batch_size=protocol.chunk,
-                )
+                return pipeline(captions, **options)
 
         with torch.random.fork_rng(devices=[]):
+            generate = generator(in_training_precision, self.protocol)
             metrics = self.measure(generate, trainer.global_rank, trainer.world_size, module.device)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         if trainer.logger is not None:
