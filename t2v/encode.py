@@ -1,6 +1,7 @@
 """Encode videos once, train on their latents.
 
     python -m t2v.encode data=webvid output=data/webvid_latents
+    python -m t2v.encode data=webvid output=data/webvid_latents text_encoder=vit_h_14       captions, too
     torchrun --nproc-per-node 8 -m t2v.encode data=webvid output=data/webvid_latents
     python -m t2v.train experiment=... data=webvid_latents
 
@@ -40,12 +41,20 @@ def encode(cfg: DictConfig) -> None:
     logging.getLogger("xformers").setLevel(logging.ERROR)  # it reports at every import what it cannot do on this machine
     device = cfg.device or (f"cuda:{cfg.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
     autoencoder = instantiate(cfg.autoencoder).to(device)
+    text_encoder = instantiate(cfg.text_encoder).to(device) if cfg.get("text_encoder") is not None else None
     if cfg.dtype is not None:
         autoencoder = autoencoder.to(dtype=getattr(torch, cfg.dtype))
     began, frames, clips, new = time.monotonic(), 0, 0, 0
     skipped: Counter[str] = Counter()
     for shard in encode_shards(
-        stream, autoencoder, output, rank=cfg.rank, world=cfg.world, num_workers=cfg.num_workers, max_frames=cfg.max_frames
+        stream,
+        autoencoder,
+        output,
+        text_encoder=text_encoder,
+        rank=cfg.rank,
+        world=cfg.world,
+        num_workers=cfg.num_workers,
+        max_frames=cfg.max_frames,
     ):
         seconds = time.monotonic() - began
         if shard.was_there:

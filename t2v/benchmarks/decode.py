@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2v.data.latents import MEMBER, LatentCard, pack_moments, webvid_latents
+from t2v.data.arrays import pack_moments
+from t2v.data.latents import MEMBER, LatentCard, webvid_latents
 from t2v.data.loader import ClipLoader
 from t2v.data.repacking import Recode
 from t2v.data.shard_writer import ShardWriter

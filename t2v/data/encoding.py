@@ -13,9 +13,10 @@ from typing import Protocol
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from t2v.data.arrays import pack, pack_moments
 from t2v.data.errors import BadSample, QualityGuard, QualityLimits, ShardError
 from t2v.data.frames import VideoFrames
-from t2v.data.latents import MEMBER, HashedAutoencoder, LatentCard, pack_moments
+from t2v.data.latents import MEMBER, TEXT, HashedAutoencoder, HashedTextEncoder, LatentCard, write_empty_text
 from t2v.data.loader import as_it_is, start_worker
 from t2v.data.raw import RawSample
 from t2v.data.readers import ClipStream, Host
@@ -90,6 +91,7 @@ def encode_shards(
     autoencoder: EncodingAutoencoder,
     output: Path,
     *,
+    text_encoder: HashedTextEncoder | None = None,
     rank: int = 0,
     world: int = 1,
     num_workers: int = 0,
@@ -97,14 +99,18 @@ def encode_shards(
     on_clip: Callable[[int], None] = lambda frames: None,
 ) -> Iterator[Encoded]:
     """Encode every rank-th shard of a webvid stream into `output`; what is already there is left alone. Yields after each shard.
+    With `text_encoder` the captions' embeddings are stored beside the moments.
 
     Raises ValueError where `output` holds other latents, DataQualityError where too much is bad.
     """
     recipe = stream.frames
     if not isinstance(recipe, VideoFrames):
         raise ValueError(f"{stream.name}: only streams of videos can be encoded, not {type(recipe).__name__}")
-    card = LatentCard(autoencoder.sha256(), autoencoder.factor, autoencoder.channels, recipe.size, float(recipe.fps))
+    text_sha256 = None if text_encoder is None else text_encoder.sha256()
+    card = LatentCard(autoencoder.sha256(), autoencoder.factor, autoencoder.channels, recipe.size, float(recipe.fps), text_sha256)
     card.write(output)
+    if text_encoder is not None:
+        write_empty_text(output, text_encoder)
     jobs = [(source, url) for source, urls in zip(stream.sources, stream.shards) for url in urls]
     mine = range(rank, len(jobs), world)
     guard = QualityGuard(replace(stream.limits))
@@ -134,7 +140,9 @@ def encode_shards(
                         guard.bad(source.name, clip.key, BadSample(clip.reason, clip.detail))
                     continue
                 guard.good(source.name)
-                moments = pack_moments(autoencoder.moments(clip.frames[None])[0])  # (f h w 2c)
+                members = {MEMBER: pack_moments(autoencoder.moments(clip.frames[None])[0])}  # (f h w 2c)
+                if text_encoder is not None:
+                    members[TEXT] = pack(text_encoder.encode([clip.caption])[0])  # (n d)
                 fields = {
                     "source": source.name,
                     "shard": url.rsplit("/", 1)[-1],
@@ -143,7 +151,7 @@ def encode_shards(
                     "fps": recipe.fps,
                 }
                 key = clip.key.replace("/", "_").replace(".", "_")
-                shard.add(key, {MEMBER: moments, "txt": clip.caption.encode(), "json": json.dumps(fields).encode()})
+                shard.add(key, members | {"txt": clip.caption.encode(), "json": json.dumps(fields).encode()})
                 frames += len(clip.frames)
                 on_clip(len(clip.frames))
         yield Encoded(path, done, len(mine), shard.count, frames, shard.skipped, False)

@@ -47,24 +47,29 @@ class Item:
 
 @dataclass
 class Chunk:
-    """Consecutive items of one worker; the frames of their clips travel as one tensor."""
+    """Consecutive items of one worker; the frames of their clips travel as one tensor, and so do their texts' embeddings."""
 
     items: list[Item]
     frames: Tensor | None  # uint8 (clips f h w c)
+    texts: Tensor | None  # (clips n d)
 
     @staticmethod
     def of(items: list[Item]) -> Chunk:
         clips = [item.clip for item in items if item.clip is not None]
         frames = torch.stack([clip.frames for clip in clips]) if clips else None
+        embedded = [clip.text for clip in clips if clip.text is not None]
         for clip in clips:
-            clip.frames = NOTHING
-        return Chunk(items, frames)
+            clip.frames, clip.text = NOTHING, None
+        return Chunk(items, frames, torch.stack(embedded) if embedded else None)
 
     def unpack(self) -> list[Item]:
+        clips = [item.clip for item in self.items if item.clip is not None]
         if self.frames is not None:
-            clips = (item.clip for item in self.items if item.clip is not None)
             for clip, frames in zip(clips, self.frames, strict=True):
                 clip.frames = frames
+        if self.texts is not None:
+            for clip, text in zip(clips, self.texts, strict=True):
+                clip.text = text
         return self.items
 
 
@@ -134,6 +139,7 @@ class ClipLoader:
                     clips.append(item.clip)
                 batch = ClipBatch.collate(clips) if clips else empty(self.stream.shape)
                 batch.bad, batch.bad_examples = counts, examples
+                batch.empty_text = self.stream.empty_text if batch.text is not None else None
                 counts, examples = Counter(), []
                 yield batch.pin_memory() if self.pin_memory and clips else batch
             begin += self.global_batch

@@ -11,6 +11,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from t2v.batch import Clip, Cursor
 from t2v.data.errors import BadSample, QualityGuard, QualityLimits, ShardError
 from t2v.data.frames import FrameRecipe
@@ -39,6 +41,9 @@ class ClipStream:
     buffer: int = 1000  # samples
     seed: int = 0
     limits: QualityLimits = field(default_factory=QualityLimits)
+    empty_text: Tensor | None = field(
+        default=None, init=False, repr=False
+    )  # (n d): the empty prompt's, where texts were embedded beforehand
 
     def __post_init__(self) -> None:
         self.sources = list(self.sources)

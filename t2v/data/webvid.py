@@ -29,6 +29,7 @@ def webvid(
     min_distinct: float = 0.75,
     max_pixels: int = 4096 * 2304,
     backend: Literal["pyav", "torchcodec"] = "pyav",
+    starts: Literal["any", "grid"] = "any",
     num_readers: int = 64,
     buffer: int = 100,
     seed: int = 0,
@@ -39,6 +40,8 @@ def webvid(
         raise ValueError(f"{name}: short={short!r} is none of skip, loop, slow")
     if backend not in ("pyav", "torchcodec"):
         raise ValueError(f"{name}: backend={backend!r} is neither pyav nor torchcodec")
+    if starts not in ("any", "grid"):
+        raise ValueError(f"{name}: starts={starts!r} is neither any nor grid")
     defaults = {"media": media, "caption": caption, "filters": filters, "keep_uncaptioned": keep_uncaptioned}
-    frames = VideoFrames(num_frames, fps, size, short, min_distinct, max_pixels, backend)
+    frames = VideoFrames(num_frames, fps, size, short, min_distinct, max_pixels, backend, starts)
     return ClipStream(name, describe(name, urls, sources, defaults), frames, num_readers, buffer, seed, QualityLimits(**(limits or {})))

@@ -17,7 +17,7 @@ from t2v.batch import ClipBatch
 from t2v.data.latents import LatentStream
 from t2v.data.loader import ClipLoader, Progress
 from t2v.data.readers import ClipStream
-from t2v.models.autoencoder import Autoencoder
+from t2v.models.frozen import Frozen
 from t2v.training.mixture import JointMixture, Role, StepPlan
 
 
@@ -107,11 +107,11 @@ class MixtureDataModule(LightningDataModule):
             world,
         )
 
-    def check(self, autoencoder: Autoencoder) -> None:
-        """Precomputed latents must be this autoencoder's. Raises ValueError."""
+    def check(self, frozen: Frozen) -> None:
+        """Precomputed latents and text embeddings must be of these models. Raises ValueError."""
         for module in self.modules.values():
             if isinstance(module.stream, LatentStream):
-                module.stream.check(autoencoder)
+                module.stream.check(frozen.autoencoder, frozen.text_encoder)
 
     def train_dataloader(self) -> CombinedLoader:
         assert self.trainer is not None

@@ -77,7 +77,7 @@ class TextToVideoModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.frozen.to(self.device)
-        self.trainer.datamodule.check(self.frozen.autoencoder)  # type: ignore[attr-defined]
+        self.trainer.datamodule.check(self.frozen)  # type: ignore[attr-defined]
 
     def configure_optimizers(self) -> Any:
         temporal = {name: any(part in name for part in TEMPORAL_MODULES) for name, _ in self.unet.named_parameters()}
@@ -106,8 +106,12 @@ class TextToVideoModule(LightningModule):
         _, f, h, w, c = moments.shape
         noise = normal(self._keys("posterior", stream, clips), (c // 2, f, h, w)).to(moments.device)
         dropped = uniform(self._keys("caption", stream, clips)) < self.caption_dropout
+        latents = autoencoder.sample(moments, noise)
+        if clips.text is not None and clips.empty_text is not None:  # t2v.encode stored the embeddings, too
+            text = torch.where(dropped.to(clips.text.device)[:, None, None], clips.empty_text, clips.text)  # (b n d)
+            return LatentBatch(latents, text.to(latents), clips.indices)
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), clips.captions, strict=True)]
-        return LatentBatch(autoencoder.sample(moments, noise), text_encoder.encode(captions), clips.indices)
+        return LatentBatch(latents, text_encoder.encode(captions), clips.indices)
 
     def training_step(self, batch: dict[str, ClipBatch], batch_idx: int) -> Tensor:
         plan = self.plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import torch
 from made_shards import video_bytes, video_sample, write_images, write_tar
 
+from t2v.data.arrays import pack, pack_moments, read_moments
 from t2v.data.encoding import encode_shards
 from t2v.data.errors import BadSample
-from t2v.data.latents import LatentCard, pack_moments, read_moments, webvid_latents
+from t2v.data.latents import LatentCard, webvid_latents
 from t2v.data.loader import ClipLoader
 from t2v.data.webvid import webvid
 from t2v.video import decode_clip
@@ -35,6 +37,19 @@ class Autoencoder:
 
     def sha256(self) -> str:
         return f"{self.gain:064.3f}"
+
+
+class TextEncoder:
+    """Five tokens of width 4: the number in the caption, or -1."""
+
+    def __init__(self, name: str = "one") -> None:
+        self.name = name
+
+    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        return torch.stack([torch.full((5, 4), float(prompt.split()[-1]) if prompt else -1.0) for prompt in prompts])
+
+    def sha256(self) -> str:
+        return self.name
 
 
 @pytest.fixture
@@ -60,7 +75,7 @@ def test_windows_are_those_of_the_videos(videos: Path, tmp_path: Path, workers: 
     assert [(shard.clips, dict(shard.skipped)) for shard in shards] == [(4, {}), (3, {"video_open": 1}), (4, {})]
     assert json.loads((tmp_path / "out/00001_stats.json").read_text())["successes"] == 3
     latents = webvid_latents(str(tmp_path / "out"), num_frames=6, size=16, num_readers=4, buffer=3)
-    latents.check(autoencoder)
+    latents.check(autoencoder, TextEncoder())
     batches = ClipLoader(latents, global_batch=40)
     batch = next(iter(batches))
     assert batch.frames.shape == (40, 6, 2, 2, 6)
@@ -107,7 +122,7 @@ def test_what_does_not_fit_is_refused(videos: Path, tmp_path: Path) -> None:
     list(encode_shards(stream(videos), Autoencoder(), out))
     latents = webvid_latents(str(out), num_frames=6, size=16)
     with pytest.raises(ValueError, match="another autoencoder"):
-        latents.check(Autoencoder(gain=0.5))
+        latents.check(Autoencoder(gain=0.5), TextEncoder())
     with pytest.raises(ValueError, match="other latents"):
         list(encode_shards(stream(videos), Autoencoder(gain=0.5), out))
     with pytest.raises(ValueError, match="16 pixels at 3 fps, not of 32 at 3"):
@@ -136,3 +151,46 @@ def test_short_clips_and_damaged_latents_are_bad_samples(videos: Path, tmp_path:
         pack_moments(torch.full((1, 1, 1, 2), 1e6))
     assert read_moments(pack_moments(torch.full((1, 1, 1, 2), 90.0))).tolist() == [[[[90.0, 20.0]]]]
     assert np.float16 == read_moments(pack_moments(torch.zeros(1, 1, 1, 2))).dtype
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_text_embeddings_travel_with_their_clips(videos: Path, tmp_path: Path, workers: int) -> None:
+    out = tmp_path / "out"
+    list(encode_shards(stream(videos), Autoencoder(), out, text_encoder=TextEncoder()))
+    latents = webvid_latents(str(out), num_frames=6, size=16, num_readers=4, buffer=3)
+    latents.check(Autoencoder(), TextEncoder())
+    batch = next(iter(ClipLoader(latents, global_batch=40, num_workers=workers, timeout=60 * (workers > 0))))
+    assert batch.text is not None
+    assert batch.empty_text is not None
+    assert (batch.text.shape, batch.text.dtype, batch.empty_text.shape) == ((40, 5, 4), torch.float16, (5, 4))
+    assert batch.text[:, 0, 0].tolist() == [int(key) for key in batch.keys]
+    assert batch.empty_text.unique().tolist() == [-1]
+    assert batch.to("cpu", non_blocking=True).text is not None
+    plain = webvid_latents(str(out), num_frames=6, size=16, num_readers=4, buffer=3, stored_text=False)
+    plain.check(Autoencoder(), TextEncoder("another"))
+    other = next(iter(ClipLoader(plain, global_batch=40)))
+    assert (other.keys, other.text, other.empty_text) == (batch.keys, None, None)
+
+
+def test_text_that_does_not_fit_is_refused(videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    list(encode_shards(stream(videos), Autoencoder(), out, text_encoder=TextEncoder()))
+    options = {"num_frames": 6, "size": 16, "num_readers": 4}
+    with pytest.raises(ValueError, match=r"another text encoder: sha256 one.*two.*stored_text=false"):
+        webvid_latents(str(out), **options).check(Autoencoder(), TextEncoder("two"))
+    with pytest.raises(ValueError, match="other latents"):
+        list(encode_shards(stream(videos), Autoencoder(), out))
+    with pytest.raises(ValueError, match=r"of the txt members, not of caption=\['json:caption'\]"):
+        webvid_latents(str(out), caption=["json:caption"], **options)
+    samples = [(f"{k:08d}", {"moments.npy": pack_moments(torch.zeros(6, 2, 2, 6)), "txt": b"a", "text.npy": b"?"}) for k in range(2)]
+    samples += [("3", {"moments.npy": pack_moments(torch.zeros(6, 2, 2, 6)), "txt": b"a"})]
+    samples += [("4", samples[0][1] | {"text.npy": pack(torch.zeros(9, 4))}), ("5", samples[0][1] | {"text.npy": pack(torch.ones(5, 4))})]
+    write_tar(out / "00000.tar", samples)
+    batch = next(iter(ClipLoader(webvid_latents(str(out / "00000.tar"), **options), global_batch=4)))
+    assert {reason for _, reason in batch.bad} == {"latent_open", "missing_member", "text_shape"}
+    assert set(batch.keys) == {"5"}
+    (out / "empty_text.npy").unlink()
+    with pytest.raises(ValueError, match="empty prompt's embedding is missing"):
+        webvid_latents(str(out), **options)
+    list(encode_shards(stream(videos), Autoencoder(), out, text_encoder=TextEncoder()))  # as the message says
+    webvid_latents(str(out), **options)
