@@ -24,9 +24,15 @@ def repack(cfg: DictConfig) -> None:
     source, output = Path(cfg.source), Path(cfg.output)
     if source.resolve() == output.resolve():
         raise ValueError(f"source and output are both {source}: shards are never changed in place")
+    chosen = {name: cfg[name] for name in ("size", "fps", "gop", "crf") if cfg[name] is not None}
+    if chosen and not cfg.recode:
+        given = " ".join(f"{name}={value}" for name, value in chosen.items())
+        raise ValueError(f"{given} has no effect: videos are copied as they are. Add recode=true, or leave it out")
+    if cfg.segment is not None and not cfg.recode:
+        raise ValueError(f"segment={cfg.segment} cuts videos, which needs recode=true")
     entries = repacking.find(source, None if cfg.captions is None else Path(cfg.captions))
     require_writable(output)
-    recode = repacking.Recode(cfg.size, float(cfg.fps), cfg.gop, cfg.crf) if cfg.recode else None
+    recode = repacking.Recode(**chosen) if cfg.recode else None
     print(f"{len(entries)} files", flush=True)
     begin, samples, size = time.monotonic(), 0, 0
     skipped: Counter[str] = Counter()

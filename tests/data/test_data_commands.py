@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from made_shards import video_bytes, video_sample, write_tar
+
+from t2v.configuration import config_dir
+from t2v.repack import repack
 
 
 def run(folder: Path, *arguments: str) -> tuple[int, str]:
@@ -37,12 +43,6 @@ def test_one_line_for_a_mistake(tmp_path: Path) -> None:
 @pytest.mark.parametrize("preset", ["laion_webvid", "relaion", "datacomp", "openvid", "panda70m", "folder", "webvid_latents"])
 def test_presets_fit_the_readers(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They fail on the missing data, with one line, not on their configuration."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate
-
-    from t2v.configuration import config_dir
-
     monkeypatch.setenv("T2V_DATA", "none")
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         data = compose("inspect", overrides=[f"data={preset}"]).data
@@ -78,3 +78,11 @@ def test_encode_continues(tmp_path: Path) -> None:
     assert (code, "holds other latents" in text) == (1, True), text
     code, text = run(tmp_path, "t2v.inspect", "data=webvid_latents", "data.video.urls=latents", "data.video.size=32")
     assert (code, "6 usable (100.0%)" in text) == (0, True), text
+
+
+@pytest.mark.parametrize("option", ["size=64", "fps=6", "gop=3", "crf=30", "segment=2"])
+def test_repack_without_recoding_takes_no_options_of_recoding(option: str, tmp_path: Path) -> None:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("repack", overrides=[f"source={tmp_path}", f"output={tmp_path}/out", option])
+    with pytest.raises(ValueError, match=rf"{option}.*recode=true"):
+        repack(cfg)
