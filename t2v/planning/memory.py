@@ -1,0 +1,81 @@
+"""Memory of one GPU, part by part: what stays (weights, optimizer, average, encoders) beside what one step adds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from t2v.models.spatio_temporal import CHECKPOINTING, stages_of
+from t2v.planning.step import BACKWARD, COPIES, Parts, Step, activations_of, step
+
+GIB = 2**30
+BLOCKS = ("resnets", "temp_convs", "attentions", "temp_attentions")  # what strategy=fsdp gathers one by one
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a training lies on its GPUs. `moments`: tensors that the optimizer keeps per parameter (AdamW: 2)."""
+
+    ranks: int
+    sharded: bool
+    moments: int
+    accumulate: int
+    precision: str
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """In DDP's buckets, or from micro-batch to micro-batch."""
+        return self.accumulate > 1 or (self.ranks > 1 and not self.sharded)
+
+
+def size_of(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def per_gpu(parts: Parts, counted: Step, layout: Layout) -> dict[str, int]:
+    """Bytes by part, at the moment of a step when most is alive."""
+    weights = size_of(parts.unet)
+    own = weights // layout.ranks if layout.sharded else weights
+    found = {
+        "weights (float32)": own,
+        "average of the weights": own,
+        "optimizer": layout.moments * own,
+        "frozen encoders": size_of(parts.autoencoder.model) + size_of(parts.text_encoder.tower),
+    }
+    moment = dict(counted.at_peak)
+    if layout.sharded:  # gradients lie divided; whole, in 16 bits, are the block at work, the next one, and what belongs to none
+        moment["gradients"] = own
+        moment.pop(COPIES, None)
+        blocks = sorted(size_of(block) for stage in stages_of(parts.unet) for kind in BLOCKS for block in getattr(stage, kind, ()))
+        outside = weights - sum(blocks)
+        found["weights gathered by FSDP"] = (sum(blocks[-2:]) + outside) // 2 + blocks[-1]  # + one block's whole gradients
+    return found | moment
+
+
+def micro_batch_that_fits(parts: Mapping[str, int], stream: str, now: int, limit: int) -> int:
+    """The largest micro-batch of `stream` with which the parts stay within `limit` bytes; 0 if not even one sample does."""
+    growing = parts.get(activations_of(stream), 0) + parts.get(BACKWARD, 0)
+    return max(0, now * (limit - sum(parts.values()) + growing) // max(1, growing))
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way of recomputation: bytes by part, and the float operations of a micro-batch by stream."""
+
+    memory: Mapping[str, int]
+    operations: Mapping[str, int]
+
+
+def by_recomputation(parts: Parts, clips: Mapping[str, tuple[int, int, int, int]], layout: Layout) -> dict[str, Mode]:
+    """Every value of unet.gradient_checkpointing. `clips`: stream -> (b f h w) of one micro-batch, in pixels."""
+    network: Any = parts.unet
+    before, found = network.gradient_checkpointing, {}
+    for which in CHECKPOINTING:
+        network.gradient_checkpointing = which
+        counted = step(parts, clips, precision=layout.precision, keeps_gradients=layout.keeps_gradients)
+        found[which] = Mode(per_gpu(parts, counted, layout), counted.operations)
+    network.gradient_checkpointing = before
+    return found

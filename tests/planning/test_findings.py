@@ -1,0 +1,147 @@
+"""Each set-up error that the plan can see, and what mends it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+from t2v.configuration import config_dir
+from t2v.plan import examine, plan
+from t2v.planning.findings import Finding, ranks_of_the_mixture, readers_and_shards, run_folder, sizes
+from t2v.planning.length import Length
+from t2v.planning.report import counted, duration
+from t2v.training.mixture import JointMixture, RankMixture, StepPlan
+
+
+def composed(*overrides: str) -> Any:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("plan", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def mends(found: list[Finding]) -> dict[str, bool]:
+    return {finding.mend: finding.error for finding in found}
+
+
+def test_sizes_name_the_key_and_the_nearest_size() -> None:
+    (finding,) = sizes("frames", {"sample.height": 64, "sample.width": 100}, 8)
+    assert "100 pixels" in finding.problem
+    assert finding.mend in ("sample.width=96", "sample.width=104")
+
+
+def test_shards_readers_ranks(tmp_path: Path) -> None:
+    def found(shards: int, readers: int, ranks: int, workers: int, there: bool = True) -> list[Finding]:
+        return list(readers_and_shards("video", [f"{n}.tar" for n in range(shards)], readers, ranks, workers, lambda url: not there))
+
+    assert found(64, 64, 8, 4) == []
+    assert mends(found(128, 64, 128, 1)) == {"data.video.num_readers=128": True}
+    assert mends(found(999, 64, 8, 5)) == {"loader.num_workers=4": False}
+    assert mends(found(999, 64, 10, 4)) == {"data.video.num_readers=80 (before step 1)": False}
+    assert mends(found(10, 64, 8, 4)) == {"python -m t2v.repack into at least 32 shards": False}
+    (missing,) = found(64, 64, 8, 4, there=False)
+    assert missing.error
+    assert "64 of 64 shards are not there, 0.tar the first" in missing.problem
+
+
+def test_mixture_rank_wants_eights() -> None:
+    assert list(ranks_of_the_mixture(RankMixture(), 16)) == []
+    assert list(ranks_of_the_mixture(JointMixture(), 10)) == []
+    (finding,) = ranks_of_the_mixture(RankMixture(), 10)
+    assert "2 of 10" in finding.problem
+
+
+def test_run_folder(tmp_path: Path) -> None:
+    assert list(run_folder(tmp_path / "new" / "deep", 1000)) == []
+    (full,) = run_folder(tmp_path, 2**60)
+    assert "callbacks.checkpoints.keep=1" in full.mend
+    (file := tmp_path / "file").write_text("")
+    (closed,) = run_folder(file / "run", 0)
+    assert closed.mend == "paths.experiments=FOLDER"
+
+
+def test_length_is_that_of_the_busiest_rank() -> None:
+    mixture = RankMixture()
+    steps = StepPlan.of(mixture, {"image": 175, "video": 57 * 7}, {"image": 175, "video": 57}, 8)
+    length = Length(steps, 1000, {"image": 1e12, "video": 10e12}, tflops=100)
+    assert length.seconds_per_step(mixture) == pytest.approx(57 * 10 / 100)
+    joint = Length(steps, 1000, {"image": 1e12, "video": 10e12}, tflops=100).seconds_per_step(JointMixture())
+    assert joint == pytest.approx((22 + 50 * 10) / 100)
+
+
+def test_words_for_numbers() -> None:
+    assert (counted(900), counted(28_800), counted(373.8e6)) == ("900", "28.8 k", "373.8 M")
+    assert (duration(40 * 86_400), duration(0.03611)) == ("40.0 days", "0.0361 seconds")
+
+
+def test_plan_of_a_wrong_set_up(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Everything wrong at once is found at once, without weights, data or a GPU."""
+    cfg = composed(
+        "experiment=base_256",
+        "init=sd21",
+        "mixture=rank",
+        "trainer.devices=1",
+        "data.video.size=250",
+        f"paths.experiments={tmp_path / 'file' / 'x'}",
+        f"paths.laion='{tmp_path}/{{00000..00009}}.tar'",
+        f"paths.webvid={tmp_path / 'nowhere'}",
+        f"autoencoder.source={tmp_path / 'nowhere'}",
+    )
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="set-up errors"):
+        plan(cfg)
+    printed = capsys.readouterr().out
+    for words in (
+        "use mixture=joint",
+        "none of the 10 shards exists",
+        "mend: data.video.urls=FOLDER",
+        "mend: autoencoder.source=FOLDER",
+        "mend: text_encoder.path=FILE",
+        "mend: init.path=FOLDER",
+        "mend: data.video.size=248",
+        "mend: paths.experiments=FOLDER",
+    ):
+        assert words in printed, (words, printed)
+
+
+def test_missing_keys_are_findings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="set-up errors"):
+        plan(composed("experiment=shapes", "batch.image=???", "trainer.max_steps=???"))
+    printed = capsys.readouterr().out
+    assert "mend: batch.image=VALUE" in printed
+    assert "mend: trainer.max_steps=VALUE" in printed
+
+
+def test_autoencoder_training(tmp_path: Path) -> None:
+    found: list[Finding] = []
+    examine(composed("experiment=shapes_autoencoder", "trainer.devices=1", "hardware=cpu", f"paths.experiments={tmp_path}"), found)
+    assert not [finding for finding in found if finding.error]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml")))
+def test_every_experiment_can_be_planned(experiment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights and shards that a user brings are stood in for by empty files, which are looked for but never read."""
+    for name in ("autoencoder", "text_encoder"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "autoencoder" / "VQGAN_autoencoder.pth").touch()
+    (tmp_path / "text_encoder" / "model.safetensors").touch()
+    for name in ("laion", "webvid"):
+        (tmp_path / name).mkdir()
+        for number in range(80):
+            (tmp_path / name / f"{number:05}.tar").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("T2V_WEIGHTS", str(tmp_path))
+        found: list[Finding] = []
+        examine(composed(f"experiment={experiment}", "hardware=h200", "trainer.devices=1", f"paths.data={tmp_path}"), found)
+    errors = [finding.problem for finding in found if finding.error and "GiB" not in finding.problem]
+    assert not errors, json.dumps(errors, indent=1)
+    assert "trained" in capsys.readouterr().out
