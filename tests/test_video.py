@@ -49,12 +49,13 @@ def encode(
     frames: np.ndarray, codec: str, pts: list[int], form: str = "mp4", time_base: Fraction = Fraction(1, 1000), **options: str
 ) -> bytes:
     """A video with the given presentation times (milliseconds), in any codec and container."""
+    options = dict(options)
     muxer = options.pop("muxer", "")
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=form, options=dict([muxer.split("=")]) if muxer else {}) as container:
-        stream = container.add_stream(codec, rate=30, options=options)
+        stream = container.add_stream(codec, rate=30, options={name: value for name, value in options.items() if name != "pix_fmt"})
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = options.pop("pix_fmt", "yuv420p")
         stream.codec_context.time_base = time_base
         for picture, time in zip(frames, pts):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
@@ -117,6 +118,7 @@ def test_variable_frame_rate_follows_the_clock_not_the_count() -> None:
         ("libvpx-vp9", "webm", {"g": "40", "deadline": "realtime", "cpu-used": "8"}),
         ("libsvtav1", "mp4", {"g": "40", "preset": "8", "crf": "10"}),
         ("mpeg4", "avi", {"g": "40"}),
+        ("libx264", "mp4", {"pix_fmt": "yuv444p10le", "g": "40"}),
     ],
 )
 def test_codecs_and_containers_give_the_right_frames(codec: str, form: str, options: dict[str, str]) -> None:
@@ -175,14 +177,32 @@ def test_bad_videos_raise_one_exception_with_a_reason(long_video: bytes) -> None
     assert reason(long_video, max_pixels=1000) == "video_too_large"
     slides = encode(numbered(12), "libx264", [1000 * k for k in range(12)])
     assert reason(slides) == "video_too_few_frames"
-    sound = io.BytesIO()
-    with av.open(sound, "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=16000, layout="mono")
+    assert reason(song(cover=False)) == "video_no_stream"
+    assert reason(song(cover=True)) == "video_no_stream"
+
+
+def song(cover: bool) -> bytes:
+    """Sound only, or with a picture of its cover."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        sound = container.add_stream("aac", rate=16000, layout="mono")
+        if cover:
+            picture = container.add_stream("mjpeg", rate=1)
+            picture.width = picture.height = 32
+            picture.pix_fmt = "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    assert reason(sound.getvalue()) == "video_no_stream"
+        container.mux([*sound.encode(frame), *sound.encode(None)])
+        if cover:
+            container.mux(picture.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 99, np.uint8), format="rgb24")))
+            container.mux(picture.encode(None))
+    return buffer.getvalue()
+
+
+def test_gifs_are_videos_too() -> None:
+    clip, _ = decode_clip(gif_bytes(numbered(80), 10), size=64, start=1.0)
+    assert numbers(clip) == [10 + int(10 * k / 3 + 1e-6) for k in range(16)]
 
 
 def test_flipped_bits_are_noticed() -> None:

@@ -31,6 +31,7 @@ def test_repack_then_inspect(tmp_path: Path) -> None:
     code, text = run(tmp_path, "t2v.inspect", "data=webvid", "paths.webvid=shards", "output=looked")
     assert (code, "3 usable (100.0%)" in text, "a dog, 1" in text) == (0, True, True), text
     assert (tmp_path / "looked/video.webp").stat().st_size > 1000
+    assert (tmp_path / "looked/video.png").stat().st_size > 100
 
 
 def test_one_line_for_a_mistake(tmp_path: Path) -> None:
@@ -72,6 +73,8 @@ def test_encode_continues(tmp_path: Path) -> None:
     ]
     code, text = run(tmp_path, *command, "output=latents", "num_workers=1")
     assert (code, "6 clips, 144 frames in 2 new shards" in text) == (0, True), text
+    assert " frames/s, 0 min " in text
+    assert " s left" in text
     code, text = run(tmp_path, *command, "output=latents", "num_workers=0")
     assert (code, "in 0 new shards" in text) == (0, True), text
     code, text = run(tmp_path, *command, "output=latents", "data.video.size=16")

@@ -22,6 +22,9 @@ def test_counts_sizes_and_reasons(tmp_path: Path) -> None:
     assert found.pictures == {"48x32 h264": 8}
     assert found.seconds == [95 / 12] * 8
     report = found.report(rate=20)
+    per_clip = sum(found.sizes) / 8 / 1e6  # MB read for each usable clip: what is bad is read, too
+    assert f"at 20 clips/s: {20 * per_clip:.1f} MB/s" in report
+    assert f"{8 / found.decoding:.1f} clips/s on one core" in report
     for part in ("2 shards", "8 usable (80.0%)", "video_open: 1, e.g. 00000002", "json: ", "video 0", "MB/s"):
         assert part in report
     assert contact_sheet(pictures(found.clips), [clip.caption for clip in found.clips]).shape[0] == 8

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,7 +17,9 @@ from made_shards import image_sample, tiny, video_sample, write_images, write_ta
 
 from t2v.batch import ClipBatch
 from t2v.data.errors import DataQualityError
-from t2v.data.loader import ClipLoader, Progress, owned, split
+from t2v.data.laion import laion
+from t2v.data.loader import MAX_CHUNK, ClipLoader, Hosting, Progress, owned, split
+from t2v.data.readers import ClipStream, Host
 from t2v.data.webvid import webvid
 
 
@@ -137,6 +140,42 @@ def test_uneven_ranks_lose_and_repeat_nothing_within_a_pass(folder: Path) -> Non
     assert max(Counter(found).values()) == 1
 
 
+def test_the_state_is_small(folder: Path) -> None:
+    _, state = run(folder, steps=30)
+    assert len(json.dumps(state)) < 150 + 30 * len(state["cursors"])
+
+
+def test_a_resume_reads_at_most_one_shard_of_each_reader_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    streamed = Host.streamed
+    monkeypatch.setattr(Host, "streamed", lambda host, url: opened.append(url) or streamed(host, url))
+    memory = fsspec.filesystem("memory")
+    for path in sorted(folder.iterdir()):
+        memory.pipe(f"/resumed/{path.name}", path.read_bytes())
+    urls = [f"memory://resumed/{path.name}" for path in sorted(folder.iterdir())]
+
+    def stream() -> ClipStream:
+        return laion(urls, size=4, num_readers=4, buffer=3)
+
+    whole, _ = take(ClipLoader(stream(), global_batch=8), 30)
+    first, progress = take(ClipLoader(stream(), global_batch=8), 25)
+    opened.clear()
+    second, _ = take(ClipLoader(stream(), global_batch=4, state=Progress.merge([progress])), 1)
+    assert len(opened) <= 2 * 4  # the shard that each reader was in, and where that was used up the next
+    assert [batch.keys for batch in first] + [batch.keys + whole[25].keys[4:] for batch in second] == [batch.keys for batch in whole[:26]]
+
+
+def test_what_travels_between_processes_is_small_and_stays_in_bytes(folder: Path, tmp_path: Path) -> None:
+    """/dev/shm: chunks of a megabyte, or of one clip, instead of batches of some hundred megabytes."""
+    write_tar(tmp_path / "00000.tar", [video_sample(number) for number in range(6)])
+    big = webvid(str(tmp_path), num_frames=8, size=256, num_readers=2)  # 1.6 MB a clip
+    for stream, clips in ((big, 1), (tiny(folder), MAX_CHUNK)):
+        chunk = next(iter(Hosting(stream, rank=0, world=1, consumed=0, cursors={})))
+        assert chunk.frames is not None
+        assert chunk.frames.dtype == torch.uint8
+        assert chunk.frames.shape == (clips, *stream.shape)
+
+
 def test_state_refuses_what_it_does_not_describe(folder: Path, tmp_path: Path) -> None:
     batches, own = take(ClipLoader(tiny(folder), global_batch=4), 1)
     assert len(batches) == 1
@@ -177,8 +216,9 @@ def test_more_readers_than_samples(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_start_methods_read_the_same(folder: Path, straight: dict, method: str) -> None:
-    loader = ClipLoader(tiny(folder), global_batch=10, num_workers=2, multiprocessing_context=method, timeout=100)
-    assert keys(take(loader, 2)[0]) == {index: key for index, key in straight.items() if index < 20}
+    """Elsewhere, workers that are not forked do not know their rank, and every rank reads everything."""
+    loader = ClipLoader(tiny(folder), global_batch=10, rank=1, world=2, num_workers=2, multiprocessing_context=method, timeout=100)
+    assert keys(take(loader, 4)[0]) == {index: key for index, key in straight.items() if index < 40 and index % 2 == 1}
 
 
 def rank_main(rank: int, world: int, port: int, folder: str, queue) -> None:

@@ -16,6 +16,7 @@ from t2v.data.loader import ClipLoader
 from t2v.data.raw import RawSample
 from t2v.data.readers import share
 from t2v.data.sources import Filter, Source, clean
+from t2v.models.text_encoder import TextEncoder
 
 
 def pick(members: dict[str, bytes], **options) -> tuple[str, bytes, str]:
@@ -48,6 +49,17 @@ def test_media_by_suffix_in_order() -> None:
 )
 def test_captions(members: dict[str, bytes], caption: str) -> None:
     assert pick({"mp4": b"m", **members})[2] == caption
+
+
+def test_entities_and_too_many_words_reach_the_text_encoder() -> None:
+    """Its tokenizer resolves &amp; and cuts at 77 tokens, so captions are left as they are."""
+    encoder = TextEncoder.random(width=16)
+    for written, meant in (("salt &amp; pepper", "salt & pepper"), ("&lt;3 &quot;cats&quot;", '<3 "cats"')):
+        caption = pick({"mp4": b"m", "txt": written.encode()})[2]
+        assert encoder.tokenize([caption]).tolist() == encoder.tokenize([meant]).tolist()
+    long = pick({"mp4": b"m", "txt": b"word " * 500})[2]
+    assert long.count("word") == 500
+    assert encoder.tokenize([long]).shape == (1, 77)
 
 
 def test_empty_captions_are_skipped_or_kept() -> None:
