@@ -55,6 +55,7 @@ def encode(cfg: DictConfig) -> None:
         world=cfg.world,
         num_workers=cfg.num_workers,
         max_frames=cfg.max_frames,
+        timeout=cfg.timeout,
     ):
         seconds = time.monotonic() - began
         if shard.was_there:

@@ -20,6 +20,7 @@ from t2v.configuration import entry
 def repack(cfg: DictConfig) -> None:
     from t2v.checkpoint import require_writable
     from t2v.data import repacking
+    from t2v.data.entries import find
 
     source, output = Path(cfg.source), Path(cfg.output)
     if source.resolve() == output.resolve():
@@ -30,7 +31,7 @@ def repack(cfg: DictConfig) -> None:
         raise ValueError(f"{given} has no effect: videos are copied as they are. Add recode=true, or leave it out")
     if cfg.segment is not None and not cfg.recode:
         raise ValueError(f"segment={cfg.segment} cuts videos, which needs recode=true")
-    entries = repacking.find(source, None if cfg.captions is None else Path(cfg.captions))
+    entries = find(source, None if cfg.captions is None else Path(cfg.captions))
     require_writable(output)
     recode = repacking.Recode(**chosen) if cfg.recode else None
     print(f"{len(entries)} files", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ from t2v.data.raw import RawSample
 from t2v.data.readers import ClipStream, Host
 from t2v.data.shard_writer import ShardWriter
 from t2v.data.sources import Source
+from t2v.data.workers import hanging_is_an_error
 from t2v.video import decode_clip
 
 
@@ -96,12 +97,13 @@ def encode_shards(
     world: int = 1,
     num_workers: int = 0,
     max_frames: int = 300,
-    on_clip: Callable[[int], None] = lambda frames: None,
+    timeout: float = 300,
 ) -> Iterator[Encoded]:
     """Encode every rank-th shard of a webvid stream into `output`; what is already there is left alone. Yields after each shard.
     With `text_encoder` the captions' embeddings are stored beside the moments.
 
-    Raises ValueError where `output` holds other latents, DataQualityError where too much is bad.
+    Raises ValueError where `output` holds other latents, DataQualityError where too much is bad, TimeoutError where no worker answers for
+    `timeout` seconds.
     """
     recipe = stream.frames
     if not isinstance(recipe, VideoFrames):
@@ -129,8 +131,9 @@ def encode_shards(
             collate_fn=as_it_is,
             worker_init_fn=start_worker,
             prefetch_factor=2 if num_workers else None,
+            timeout=timeout if num_workers else 0,
         )
-        with ShardWriter(path) as shard:
+        with hanging_is_an_error(stream.name, num_workers, timeout), ShardWriter(path) as shard:
             for clip in clips:
                 if clip.frames is None:
                     shard.skip(clip.reason)
@@ -153,5 +156,4 @@ def encode_shards(
                 key = clip.key.replace("/", "_").replace(".", "_")
                 shard.add(key, members | {"txt": clip.caption.encode(), "json": json.dumps(fields).encode()})
                 frames += len(clip.frames)
-                on_clip(len(clip.frames))
         yield Encoded(path, done, len(mine), shard.count, frames, shard.skipped, False)

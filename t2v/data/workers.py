@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def end_with_parent() -> None:
@@ -17,3 +19,17 @@ def end_with_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+
+
+@contextmanager
+def hanging_is_an_error(name: str, workers: int, timeout: float) -> Iterator[None]:
+    """DataLoader's report that no worker answered -> a TimeoutError for users."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader timed out" not in str(error):
+            raise
+        raise TimeoutError(
+            f"{name}: no sample came from {workers} workers for {timeout:g} s. A file system or an object store may hang; "
+            "raise the timeout if it is only slow"
+        ) from error

@@ -15,7 +15,8 @@ from pytorch_lightning.utilities import CombinedLoader
 
 from t2v.batch import ClipBatch
 from t2v.data.latents import LatentStream
-from t2v.data.loader import ClipLoader, Progress
+from t2v.data.loader import ClipLoader
+from t2v.data.progress import Progress
 from t2v.data.readers import ClipStream
 from t2v.models.frozen import Frozen
 from t2v.training.mixture import JointMixture, Role, StepPlan

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from made_shards import tiny, write_images
 
-from t2v.data.loader import ClipLoader, Progress
+from t2v.data.loader import ClipLoader
+from t2v.data.progress import Progress
 
 
 def consume(folder: str, checkpoint: str, steps: int, workers: int, pause: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from made_shards import video_bytes, video_sample, write_images, write_tar
 
+from t2v.data import encoding
 from t2v.data.arrays import pack, pack_moments, read_moments
 from t2v.data.encoding import encode_shards
 from t2v.data.errors import BadSample
@@ -194,3 +196,10 @@ def test_text_that_does_not_fit_is_refused(videos: Path, tmp_path: Path) -> None
         webvid_latents(str(out), **options)
     list(encode_shards(stream(videos), Autoencoder(), out, text_encoder=TextEncoder()))  # as the message says
     webvid_latents(str(out), **options)
+
+
+def test_a_hanging_worker_is_noticed_while_encoding(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "decode_clip", lambda *arguments, **options: time.sleep(30))
+    with pytest.raises(TimeoutError, match="no sample came from 1 workers for 1 s"):
+        list(encode_shards(stream(videos), Autoencoder(), tmp_path / "out", num_workers=1, timeout=1))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dataset.json"]

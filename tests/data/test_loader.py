@@ -18,7 +18,8 @@ from made_shards import image_sample, tiny, video_sample, write_images, write_ta
 from t2v.batch import ClipBatch
 from t2v.data.errors import DataQualityError
 from t2v.data.laion import laion
-from t2v.data.loader import MAX_CHUNK, ClipLoader, Hosting, Progress, owned, split
+from t2v.data.loader import MAX_CHUNK, ClipLoader, Hosting, owned, split
+from t2v.data.progress import Progress
 from t2v.data.readers import ClipStream, Host
 from t2v.data.webvid import webvid
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from t2v.data.entries import find
 from t2v.data.loader import ClipLoader
-from t2v.data.repacking import Recode, find, repack
+from t2v.data.repacking import Recode, repack
 from t2v.data.webvid import webvid
 
 CAPTIONS = {

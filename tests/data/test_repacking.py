@@ -10,8 +10,9 @@ import pytest
 import torch
 from made_shards import image_bytes, video_bytes, video_sample, write_tar
 
+from t2v.data.entries import find
 from t2v.data.loader import ClipLoader
-from t2v.data.repacking import Recode, _segments, find, repack
+from t2v.data.repacking import Recode, _segments, repack
 from t2v.data.shards import LocalTar
 from t2v.data.webvid import webvid
 from t2v.video import decode_clip, probe
@@ -136,6 +137,11 @@ def test_it_continues(clips: Path, tmp_path: Path) -> None:
     first = repack(entries, tmp_path / "out", per_shard=2)
     next(first)
     first.close()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.tar", "00000_stats.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00000.tar", "00000_stats.json", "repack.json"]
     assert [shard.was_there for shard in repack(entries, tmp_path / "out", per_shard=2, workers=2)] == [True, False, False]
     assert len(samples(tmp_path / "out")) == 4
+    for options in ({"per_shard": 3}, {"per_shard": 2, "recode": Recode(size=32)}):
+        with pytest.raises(ValueError, match=r"another repacking: .*another output="):
+            next(repack(entries, tmp_path / "out", **options))
+    with pytest.raises(ValueError, match="files was"):
+        next(repack(entries[1:], tmp_path / "out", per_shard=2))

@@ -12,7 +12,8 @@ import pytest
 from short_training import losses
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from t2v.data.repacking import find, repack
+from t2v.data.entries import find
+from t2v.data.repacking import repack
 from t2v.data.shard_writer import ShardWriter
 
 CAPTIONS = {

@@ -1,0 +1,119 @@
+"""The files that t2v.repack packs, and where their captions lie."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from t2v.data.errors import BadSample, ShardError
+from t2v.data.folder import caption_of, read_table
+from t2v.data.laion import IMAGES
+from t2v.data.raw import RawSample
+from t2v.data.shards import LocalTar
+from t2v.data.webvid import VIDEOS
+
+MEDIA = (*VIDEOS, *IMAGES)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file: `place` is a path, a member of a zip (zip, member), or a sample of a tar (tar, number)."""
+
+    name: str
+    place: Path | tuple[Path, str] | tuple[Path, int]
+    fields: dict[str, Any]
+
+    def read(self) -> RawSample:
+        """Media, txt and json. Raises BadSample, ShardError."""
+        if isinstance(self.place, Path):
+            data = self.place.read_bytes()
+        elif isinstance(self.place[1], int):
+            return _tar(str(self.place[0])).read(self.place[1])
+        else:
+            try:
+                data = _zip(str(self.place[0])).read(self.place[1])
+            except zipfile.BadZipFile as error:
+                raise BadSample("zip_damaged", str(error)) from error
+        suffix = self.name.rpartition(".")[2].lower()
+        return RawSample(self.name, {suffix: data, "txt": caption_of(self.fields).encode(), "json": json.dumps(self.fields).encode()})
+
+
+def find(source: Path, captions: Path | None = None) -> list[Entry]:
+    """The files of `source` that have captions, in a fixed order. Raises ValueError where there are none, or a name is ambiguous."""
+    if not source.is_dir():
+        raise ValueError(f"source={source} is not a folder")
+    tars = sorted(source.glob("*.tar"))
+    if tars and captions is None:
+        return [Entry(f"{tar.name}#{k}", (tar, k), {}) for tar in tars for k in range(len(_tar(str(tar))))]
+    files = _files(source)
+    if captions is None:
+        entries = [Entry(name, place, fields) for name, place in files.items() if (fields := _beside(place))]
+        if not entries:
+            raise ValueError(
+                f"{source}: {len(files)} media files, but no captions: give captions=FILE (csv, jsonl, json) or a .txt beside each"
+            )
+        return entries
+    rows, column = read_table(str(captions))
+    by_short_name: dict[str, list[str]] = {}
+    for name in files:
+        for short in {name.rpartition("/")[2], name.rpartition("/")[2].rpartition(".")[0]}:
+            by_short_name.setdefault(short, []).append(name)
+    entries = []
+    for row in rows:
+        wanted = str(row[column])
+        names = [wanted] if wanted in files else by_short_name.get(wanted.rpartition("/")[2], [])
+        if len(names) > 1:
+            raise ValueError(f"{captions}: {wanted!r} may be {names[0]} or {names[1]}: give paths relative to {source}")
+        if names:
+            entries.append(Entry(names[0], files[names[0]], row | {"file": names[0]}))
+    if not entries:
+        raise ValueError(f"none of the {len(rows)} files that {captions} names (e.g. {rows[0][column] if rows else ''}) is in {source}")
+    return entries
+
+
+def _files(source: Path) -> dict[str, Path | tuple[Path, str] | tuple[Path, int]]:
+    """Media files by their path below `source`, those in zips included."""
+    found: dict[str, Path | tuple[Path, str] | tuple[Path, int]] = {}
+    for path in sorted(source.rglob("*")):
+        if path.suffix[1:].lower() in MEDIA:
+            found[path.relative_to(source).as_posix()] = path
+        elif path.suffix.lower() == ".zip":
+            try:
+                names = _zip(str(path)).namelist()
+            except (zipfile.BadZipFile, OSError) as error:
+                raise ValueError(f"{path}: not a readable zip: {error}") from error
+            found |= {name: (path, name) for name in sorted(names) if name.rpartition(".")[2].lower() in MEDIA}
+    return found
+
+
+def _beside(place: Path | tuple[Path, str] | tuple[Path, int]) -> dict[str, Any]:
+    """The caption in a .txt or .json of the same name."""
+    if not isinstance(place, Path):
+        return {}
+    text, fields = place.with_suffix(".txt"), place.with_suffix(".json")
+    found: dict[str, Any] = {}
+    if fields.exists():
+        try:
+            found = json.loads(fields.read_text("utf-8", "replace"))
+        except ValueError as error:
+            raise ValueError(f"{fields}: not json: {error}") from error
+    if text.exists():
+        found["caption"] = text.read_text("utf-8", "replace")
+    return found | {"file": place.name} if found else {}
+
+
+@lru_cache(maxsize=16)
+def _zip(path: str) -> zipfile.ZipFile:
+    return zipfile.ZipFile(path)
+
+
+@lru_cache(maxsize=16)
+def _tar(path: str) -> LocalTar:
+    try:
+        return LocalTar(path)
+    except ShardError as error:
+        raise ValueError(str(error)) from error
