@@ -1,13 +1,14 @@
 """Virtual readers: a stream is R of them, and ranks and workers only host them, so that what is read depends on neither.
 
 A reader owns a slot among the readers of its source. In every pass (epoch) the source's shards are permuted; slot s takes every S-th
-shard, and the last, incomplete round (or all shards, if there are fewer than readers) is shared by sample stride. Slots rotate with the
+shard, and the last, incomplete round (or all shards, if there are fewer than readers) is shared by sample stride. Slots change with the
 passes. Within a shard the order is a seeded shuffle through a bounded buffer that drains at the shard's end. So a cursor (epoch, position
 in the reader's shard order, samples drawn from that shard) says everything, and a resume re-reads at most that one shard.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,10 +66,21 @@ def parts_of(shards: int, slot: int, slots: int, epoch: int, seed: str) -> list[
     parts = [Part(shard) for shard in order[slot:whole:slots]]
     rest = order[whole:]
     if rest:
-        which = slot % len(rest)
+        place = _place(slot, slots, epoch, seed)
+        which = place % len(rest)
         sharers = len(range(which, slots, len(rest)))
-        parts.append(Part(rest[which], slot // len(rest), sharers))
+        parts.append(Part(rest[which], place // len(rest), sharers))
     return parts
+
+
+def _place(slot: int, slots: int, epoch: int, seed: str) -> int:
+    """Who takes which part of shared shards: a one-to-one map of the slots, by chance. Where there are more readers than samples, most of
+    them wait for a pass that has one for them, and must not all arrive at the same."""
+    rng = random.Random(f"{seed}/{epoch}/places")
+    factor = rng.randrange(slots)
+    while math.gcd(factor, slots) != 1:
+        factor = rng.randrange(slots)
+    return (slot * factor + rng.randrange(slots)) % slots
 
 
 def shuffled(items: Iterable[T], rng: random.Random, buffer: int) -> Iterator[T]:

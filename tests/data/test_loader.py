@@ -215,6 +215,16 @@ def test_more_readers_than_samples(tmp_path: Path) -> None:
     assert set(Counter(key for batch in batches for key in batch.keys)) == {f"{number:09d}" for number in range(3)}
 
 
+def test_few_samples_are_mixed_among_many_readers(tmp_path: Path) -> None:
+    """Somebody's 30 clips under the paper's configuration: no sample crowds a batch or comes much more often than others."""
+    write_images(tmp_path, shards=1, per_shard=30)
+    batches, _ = take(ClipLoader(tiny(tmp_path, num_readers=480), global_batch=32), 30)
+    assert min(len(set(batch.keys)) for batch in batches) > 12  # of 32 drawn at random from 30, about 20 differ
+    counts = Counter(key for batch in batches for key in batch.keys)
+    assert len(counts) == 30
+    assert max(counts.values()) < 3 * min(counts.values())
+
+
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_start_methods_read_the_same(folder: Path, straight: dict, method: str) -> None:
     """Elsewhere, workers that are not forked do not know their rank, and every rank reads everything."""
