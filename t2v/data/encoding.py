@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -81,7 +82,12 @@ class WholeClips(IterableDataset):
         try:
             _, data, caption = self.source.pick(sample, random.Random(f"{self.seed}/{self.source.name}/{sample.key}"))
             r = self.recipe
-            frames, _ = decode_clip(data, num_frames=None, fps=r.fps, size=r.size, min_distinct=r.min_distinct, max_pixels=r.max_pixels)
+            decode = partial(
+                decode_clip, data, fps=r.fps, size=r.size, min_distinct=r.min_distinct, max_pixels=r.max_pixels, backend=r.backend
+            )
+            frames, _ = decode(num_frames=None)
+            if len(frames) < r.num_frames and r.short != "skip":  # looped or slowed now, as training on the video would
+                frames, _ = decode(num_frames=r.num_frames, short=r.short)
         except BadSample as error:
             return Decoded(sample.key, reason=error.reason, detail=error.detail)
         return Decoded(sample.key, caption, frames[: self.max_frames])

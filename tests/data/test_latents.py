@@ -203,3 +203,16 @@ def test_a_hanging_worker_is_noticed_while_encoding(videos: Path, tmp_path: Path
     with pytest.raises(TimeoutError, match="no sample came from 1 workers for 1 s"):
         list(encode_shards(stream(videos), Autoencoder(), tmp_path / "out", num_workers=1, timeout=1))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["dataset.json"]
+
+
+@pytest.mark.parametrize(("short", "frames"), [("skip", 8), ("slow", 16), ("loop", 16)])
+def test_short_clips_are_encoded_as_training_on_them_would_read_them(tmp_path: Path, short: str, frames: int) -> None:
+    data = video_bytes(frames=30)  # 8 frames at 3 fps
+    write_tar(tmp_path / "videos/00000.tar", [("1", {"mp4": data, "txt": b"video 1"})])
+    videos = webvid(str(tmp_path / "videos"), num_frames=16, size=16, num_readers=1, short=short)
+    (shard,) = encode_shards(videos, Autoencoder(), tmp_path / "out")
+    assert shard.frames == frames
+    if short != "skip":
+        batch = next(iter(ClipLoader(webvid_latents(str(tmp_path / "out"), num_frames=16, size=16, num_readers=1), global_batch=1)))
+        raw, _ = decode_clip(data, num_frames=16, fps=3, size=16, short=short)
+        assert torch.allclose(batch.frames[0].float(), Autoencoder().moments(raw[None])[0], atol=4e-3)
