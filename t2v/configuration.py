@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +33,7 @@ IGNORED_IN_RUN_NAMES = (
     "run",
     "paths.",
     "paths/",
+    "trainer=",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.accelerator",
@@ -73,6 +75,24 @@ def _precision_of_this_machine() -> str:
     return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
 
 
+def _in_slurm(name: str, otherwise: int | str) -> int | str:
+    """nodes, or tasks_per_node, of the SLURM job that this process is part of."""
+    from t2v.training.slurm import Allocation
+
+    allocation = Allocation.of()
+    return otherwise if allocation is None else getattr(allocation, name)
+
+
+def _number_of_tasks(devices: int | str) -> int:
+    if not isinstance(devices, int):
+        raise ValueError(
+            f"hydra/launcher=slurm starts one task per GPU, but trainer.devices is {devices}: give a number, or trainer=a100_1x8"
+        )
+    return devices
+
+
+OmegaConf.register_new_resolver("in_slurm", _in_slurm, replace=True)
+OmegaConf.register_new_resolver("tasks", _number_of_tasks, replace=True)
 OmegaConf.register_new_resolver("run_name", _run_name_of_this_job, replace=True)
 OmegaConf.register_new_resolver("precision", _precision_of_this_machine, replace=True, use_cache=True)
 
@@ -183,6 +203,9 @@ def _exit_with(error: BaseException) -> None:
         error = error.__cause__
     if not isinstance(error, (ValueError, OSError, KeyboardInterrupt, HydraException, OmegaConfBaseException)):
         raise error  # a bug, not a mistake of the user's: show where
+    if _another_rank_says_it() and not isinstance(error, (OSError, KeyboardInterrupt)):  # files may differ between nodes
+        time.sleep(5)  # an error code may make SLURM end the first rank before it has spoken
+        sys.exit(1)
     if isinstance(error, KeyboardInterrupt):
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
@@ -191,6 +214,13 @@ def _exit_with(error: BaseException) -> None:
     message = re.sub(r"\s+", " ", re.sub(r"Config search path:.*", "", ". ".join(messages)))
     print(f"error: {message}{_near_matches(message)}", file=sys.stderr)
     sys.exit(1)
+
+
+def _another_rank_says_it() -> bool:
+    """Until the ranks are connected all of them do the same, so what the user can mend is said by the first."""
+    first = all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
+    distributed = sys.modules.get("torch.distributed")
+    return not first and not (distributed is not None and distributed.is_available() and distributed.is_initialized())
 
 
 def _near_matches(message: str) -> str:

@@ -9,6 +9,7 @@ The same command continues an interrupted run; see conf/train.yaml for every opt
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from t2v.configuration import entry
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule
+
+os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # hydra/launcher=slurm: the signal that callbacks.checkpoints answers
 
 
 def train(cfg: DictConfig) -> float | None:
@@ -36,13 +39,20 @@ def train(cfg: DictConfig) -> float | None:
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     from t2v.training import run as running
+    from t2v.training import slurm
 
+    slurm.requeue_when_signalled()
     running.quiet_third_parties()
     done = running.finished(folder, cfg.trainer.max_steps)
     if done is not None:
         running.show(done, folder, "samples" in cfg.callbacks)
         print("finished before; run=NAME starts another, a larger trainer.max_steps with run= goes on")
         return dict(done["metrics"])
+    if (allocation := slurm.Allocation.of()) is not None:
+        allocation.check(cfg.trainer.devices, cfg.trainer.num_nodes)
+    slurm.require_devices(cfg.trainer.accelerator, cfg.trainer.devices)
+    if running.first_process():
+        slurm.require_free_port()
     with running.only_writer(folder):
         import torch
         from pytorch_lightning import seed_everything

@@ -20,6 +20,7 @@ from pytorch_lightning import Callback, LightningDataModule, LightningModule, Tr
 
 from t2v import checkpoint as folder_format
 from t2v.checkpoint import ModelCard
+from t2v.training import slurm
 from t2v.training.callbacks.samples import SampleVideos
 from t2v.training.checkpoints import Checkpoints, FolderCheckpointIO
 from t2v.training.tensorboard import add_text
@@ -126,7 +127,7 @@ def train(
         callbacks=list(callbacks.values()),
         logger=loggers(step),
         default_root_dir=str(folder),
-        plugins=[FolderCheckpointIO(lambda: module.describe(lightning_trainer.global_step))],  # type: ignore[operator]
+        plugins=[FolderCheckpointIO(lambda: module.describe(lightning_trainer.global_step)), *slurm.plugins()],  # type: ignore[operator]
     )
     datamodule = data()
     plan = datamodule.plan(lightning_trainer.world_size)  # type: ignore[attr-defined]
@@ -149,6 +150,7 @@ def train(
             f"stopped by {signal.Signals(received).name} after step {lightning_trainer.global_step}; the same command continues from there",
             file=sys.stderr,
         )
+        slurm.requeue(received)
         sys.exit(128 + received)
     return finish(lightning_trainer, module, callbacks, folder, seconds)
 
