@@ -1,0 +1,176 @@
+"""A training of two ranks (gloo) that is killed again and again, and what it must end with.
+
+    python tests/end_to_end/chaos.py --kills 100 --folder FOLDER        by hand; experiments/chaos/README.md holds the record
+
+The signals come in turns, at one of the ranks: SIGKILL (the other rank is left alone with it), SIGTERM and SIGUSR1 (both save and end). The
+moments come in turns too: while a checkpoint is being written, soon after one, and anywhere, also before training has begun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
+
+from trainings import SMALL
+
+RANKS = 2
+STEPS_PER_LIFE = 5  # more than a life lasts on average, so that the run is not done before the last kill
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
+MOMENTS = ("while saving", "after a checkpoint", "anywhere", "after a checkpoint")  # 3 and 4: every pair occurs
+PRELOAD = ["t2v.train", "t2v.training.module", "t2v.training.run", "t2v.training.datamodules", "t2v.data.shapes", "t2v.data.webvid"]
+PRELOAD += ["t2v.models.unet", "diffusers.models.autoencoders.autoencoder_kl", "open_clip.transformer", "torch.utils.tensorboard"]
+
+
+def train(overrides: list[str], rank: int, port: int, log: str) -> None:
+    """One rank of `python -m t2v.train ...`, in a process that has done its imports already."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    place = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    sys.argv = ["train.py", *overrides]
+    from t2v.train import main
+
+    main()
+
+
+class Run:
+    """One run, in as many lives as it takes."""
+
+    def __init__(self, folder: Path, data: Path, steps: int) -> None:
+        self.folder = folder / "shapes/runs/chaos"
+        self.log = folder.with_suffix(".log")
+        self.steps = steps
+        self.overrides = [
+            *SMALL,
+            f"paths.data={data}",
+            f"paths.experiments={folder}",
+            "run=chaos",
+            "data.video.num_frames=2",
+            "strategy=ddp",
+            f"trainer.devices={RANKS}",
+            f"trainer.max_steps={steps}",
+            f"lr_schedule.total_steps={steps}",
+            "callbacks.checkpoints={every_n_steps: 2, keep: 2}",
+            "callbacks.score=null",
+            "callbacks.samples=null",
+            "metric=null",
+            "loader.num_workers=0",
+        ]
+
+    def start(self) -> list[BaseProcess]:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        ranks: list[BaseProcess] = [
+            context.Process(target=train, args=(self.overrides, rank, port, str(self.log))) for rank in range(RANKS)
+        ]
+        for process in ranks:
+            process.start()
+        return ranks
+
+    def finish(self) -> None:
+        ranks = self.start()
+        wait(600, lambda: not any(process.is_alive() for process in ranks))
+        assert [process.exitcode for process in ranks] == [0] * RANKS, self.said()
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:] if self.log.exists() else ""
+
+    def checkpoints(self) -> set[str]:
+        return {path.parent.name for path in self.folder.glob("checkpoints/step-*/complete")}
+
+    def saving(self) -> bool:
+        return any(not (path / "complete").exists() for path in self.folder.glob("checkpoints/*"))
+
+    def live_until(self, number: signal.Signals, moment: str, rng: random.Random) -> None:
+        """Start, send the signal to one rank at the moment, and see both ranks end."""
+        before, ranks = self.checkpoints(), self.start()
+        try:
+            if moment == "anywhere":
+                wait(rng.uniform(0, 6), lambda: False)
+            else:
+                wait(200, lambda: bool(self.checkpoints() - before) or not ranks[0].is_alive())
+                if moment == "while saving":
+                    wait(60, self.saving)
+                wait(rng.uniform(0, 0.05 if moment == "while saving" else 0.6), lambda: False)
+            assert all(process.is_alive() for process in ranks), f"ended before {number.name} {moment}: {self.said()}"
+            victim = rng.choice(ranks)
+            assert victim.pid is not None
+            os.kill(victim.pid, number)
+            wait(60, lambda: not victim.is_alive())
+            assert not victim.is_alive(), f"{number.name} {moment}: rank did not end within 60 s: {self.said()}"
+            wait(20, lambda: not any(process.is_alive() for process in ranks))  # or srun ends the other one
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+
+
+def wait(seconds: float, condition: Callable[[], bool]) -> None:
+    """Until the condition holds, at most so long."""
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit and not condition():
+        time.sleep(0.002)
+
+
+def differences(run: Run, straight: Run) -> list[str]:
+    """Tensors of the last checkpoint that are not bit for bit the undisturbed run's, and the readers' positions if they differ."""
+    import torch
+    from safetensors.torch import load_file
+
+    found = []
+    last, wanted = (one.folder / "checkpoints" / f"step-{one.steps:08}" for one in (run, straight))
+    for path in sorted(wanted.rglob("*.safetensors")):
+        ours, theirs = load_file(last / path.relative_to(wanted)), load_file(path)
+        found += [f"{path.name} {name}" for name in theirs if name not in ours or not torch.equal(ours[name], theirs[name])]
+    if json.loads((last / "data/readers.json").read_text()) != json.loads((wanted / "data/readers.json").read_text()):
+        found.append("data/readers.json")
+    return found
+
+
+def torment(folder: Path, data: Path, kills: int, seed: int = 0) -> tuple[list[str], Counter[str], Run]:
+    """The undisturbed run, then the same killed `kills` times. What differs at the end, how often each signal came, the killed run."""
+    steps, rng, sent = STEPS_PER_LIFE * kills, random.Random(seed), Counter[str]()
+    straight, run = Run(folder / "straight", data, steps), Run(folder / "killed", data, steps)
+    straight.finish()
+    for kill in range(kills):
+        number, moment = SIGNALS[kill % len(SIGNALS)], MOMENTS[kill % len(MOMENTS)]
+        run.live_until(number, moment, rng)
+        sent[number.name] += 1
+        newest = max(run.checkpoints(), default="none")
+        print(f"kill {kill + 1} of {kills}: {number.name} {moment}; newest checkpoint {newest}", flush=True)
+    assert f"step-{steps:08d}" not in run.checkpoints()
+    run.finish()
+    return differences(run, straight), sent, run
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=None)
+    options = parser.parse_args()
+    place = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
+    place.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    different, signals, _ = torment(place, place / "data", options.kills, options.seed)
+    print(f"{options.kills} kills ({dict(signals)}) in {time.monotonic() - began:.0f} s: {len(different)} differences {different[:3]}")
+    sys.exit(bool(different))
