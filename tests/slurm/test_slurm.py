@@ -54,13 +54,29 @@ def weights(trainings: Trainings, name: str, step: int) -> dict[str, torch.Tenso
     return load_file(trainings.checkpoint(name, step) / "unet.safetensors")
 
 
-def test_multirun_of_two_jobs(slurm: dict[str, str], trainings: Trainings) -> None:
+def test_multirun_of_two_jobs_one_of_which_is_preempted(slurm: dict[str, str], trainings: Trainings) -> None:
+    """The command waits for both; the preempted job is queued again by submitit, continues in its folder, and has its row in the table."""
     launcher = ["/launcher=slurm"] + [f".launcher.{part}" for part in ("gpus_per_node=null", "cpus_per_task=1", "timeout_min=20")]
-    command = trainings.command("-m", "seed=0,1", *QUICK, "trainer.devices=1", *(f"hydra{part}" for part in launcher))
-    result = run(slurm, *command)
-    logs = "\n".join(path.read_text() for path in sorted(trainings.folder.glob("slurm/*/*.err")))
-    assert result.returncode == 0, result.stdout + result.stderr + logs
-    table = result.stdout[result.stdout.index("| job |") :]
+    same = ("trainer.max_steps=16", "loader.num_workers=0", "callbacks.samples=null", "callbacks.checkpoints.every_n_steps=2")
+    command = trainings.command("-m", "seed=0,1", *same, "trainer.devices=1", *(f"hydra{part}" for part in launcher))
+    process = subprocess.Popen(command, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def said() -> str:
+        return "\n".join(path.read_text() for path in sorted(trainings.folder.glob("slurm/*/*.[oe][ur][tr]")))
+
+    try:
+        wait_for(lambda: any(trainings.folder.glob("shapes/runs/*/checkpoints/step-00000002")), 200, said)
+        jobs = run(slurm, "squeue", "--noheader", "--array", "--states=RUNNING", "--format=%i").stdout.split()
+        assert jobs
+        assert run(slurm, "scancel", "--signal=USR1", jobs[0]).returncode == 0
+        printed, _ = process.communicate(timeout=500)
+    finally:
+        process.kill()
+    assert process.returncode == 0, printed + said()
+    assert "stopped by SIGUSR1" in said()
+    assert "Requeued job" in said()
+    assert re.search(r"resume   step \d+ from", said()), said()
+    table = printed[printed.index("| job |") :]
     rows = re.findall(r"^\| (\d) \| seed=(\d) \| ([\d.e-]+) \| (\S+) \|$", table, re.MULTILINE)
     assert [row[:2] for row in rows] == [("0", "0"), ("1", "1")], table
     assert "score/all" in table.splitlines()[0]
