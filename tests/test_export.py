@@ -28,7 +28,7 @@ UNET: dict[str, Any] = {
     "attention_head_dim": 16,
     "sample_size": 4,
 }
-SCHEDULE = {"num_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
+SCHEDULE = {"num_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "prediction": "noise"}
 
 
 VAE = {**SD_CONFIG, "block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
@@ -93,6 +93,16 @@ def test_diffusers_own_pipeline_loads_the_folder_and_gives_our_frames(model: tup
     assert ours.float().std() > 5
     assert difference.max() <= 1
     assert difference.mean() < 0.01
+
+
+@pytest.mark.usefixtures("small_autoencoders_pass")
+def test_velocity_travels_to_diffusers_and_is_refused_by_modelscope(model: tuple[VideoUNet, Frozen], tmp_path: Path) -> None:
+    velocity = SCHEDULE | {"prediction": "velocity"}
+    diffusers_folder.write(tmp_path / "diffusers", *model, velocity)
+    assert checkpoint.read_foreign("diffusers", tmp_path / "diffusers").schedule == velocity
+    with pytest.raises(ValueError, match="predicts velocity"):
+        modelscope_folder.write(tmp_path / "modelscope", *model, velocity)
+    assert not (tmp_path / "modelscope").exists()
 
 
 @pytest.mark.usefixtures("small_autoencoders_pass")

@@ -89,7 +89,7 @@ def tiny_card(**changes: Any) -> ModelCard:
         "unet": Part("VideoUNet", dict(UNET)),
         "autoencoder": Part("Autoencoder", {"source": "package:shapes_autoencoder"}, TinyAutoencoder().sha256()),
         "text_encoder": Part("TextEncoder.random", {"seed": 0, "width": 32}, TinyTextEncoder().sha256()),
-        "schedule": {"num_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012},
+        "schedule": {"num_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "prediction": "noise"},
         "sampler": {"scheduler": "ddim", "num_steps": 3, "guidance": {"scale": 2.0}, "spacing": "leading"},
         "sample": {"frames": 4, "height": 32, "width": 48, "fps": 3},
         "step": 7,

@@ -78,7 +78,7 @@ class ModelCard:
     unet: Part
     autoencoder: Part
     text_encoder: Part
-    schedule: dict[str, int | float]
+    schedule: dict[str, Any]
     sampler: dict[str, Any]
     sample: dict[str, int | float]
     step: int
@@ -119,7 +119,10 @@ class ModelCard:
         for key in sampler.keys() & {"scheduler", "spacing"}:
             if not isinstance(sampler[key], str):
                 raise CardError(f"sampler.{key} is {_short(sampler[key])}, not a name")
-        schedule = _numbers(card["schedule"], "schedule", {"num_timesteps", "beta_start", "beta_end"})
+        schedule = _mapping(card["schedule"], "schedule", required={"num_timesteps", "beta_start", "beta_end"}, optional={"prediction"})
+        _numbers({key: value for key, value in schedule.items() if key != "prediction"}, "schedule", schedule.keys() - {"prediction"})
+        if schedule.get("prediction", "noise") not in ("noise", "velocity"):
+            raise CardError(f"schedule.prediction is {_short(schedule['prediction'])}, neither noise nor velocity")
         for where, count in (("sampler.num_steps", sampler["num_steps"]), ("schedule.num_timesteps", schedule["num_timesteps"])):
             if not _is_int(count) or not 1 <= count <= MAX_SIZE:
                 raise CardError(f"{where} is {_short(count)}, it must lie in 1..{MAX_SIZE}")

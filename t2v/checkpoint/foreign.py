@@ -14,6 +14,7 @@ from torch import nn
 
 from t2v.checkpoint.folder import CheckpointError
 from t2v.checkpoint.model import fill
+from t2v.diffusion.schedule import PREDICTIONS
 
 if TYPE_CHECKING:
     from t2v.models.frozen import Frozen
@@ -30,7 +31,7 @@ class ForeignModel:
 
     unet: nn.Module
     frozen: Frozen
-    schedule: dict[str, int | float]
+    schedule: dict[str, Any]
     sample: dict[str, int | float]
 
 
@@ -110,17 +111,20 @@ def diffusers_arguments(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key in known}
 
 
-def diffusers_schedule(folder: Path) -> dict[str, int | float]:
+def diffusers_schedule(folder: Path) -> dict[str, Any]:
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.exists():
         return {}
     config = _json(path)
-    required = {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
-    for key, value in required.items():
-        if config.get(key, value) != value:
-            raise CheckpointError(f"{path}: {key} is {config[key]!r}, this model needs {value!r}: it was trained with another objective")
+    predictions = {theirs: ours for ours, theirs in PREDICTIONS.items()}
+    known = {"beta_schedule": ["scaled_linear"], "prediction_type": list(predictions)}
+    for key, values in known.items():
+        if config.get(key, values[0]) not in values:
+            wanted = " or ".join(repr(value) for value in values)
+            raise CheckpointError(f"{path}: {key} is {config[key]!r}, this model needs {wanted}: it was trained with another objective")
     names = {"num_train_timesteps": "num_timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
-    return {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    arguments = {ours: config[theirs] for theirs, ours in names.items() if theirs in config}
+    return arguments | {"prediction": predictions[config.get("prediction_type", "epsilon")]}
 
 
 def modelscope_configuration(folder: Path) -> dict[str, Any]:
@@ -157,8 +161,9 @@ def modelscope_arguments(folder: Path) -> dict[str, Any]:
     }
 
 
-def modelscope_schedule(folder: Path) -> dict[str, int | float]:
-    return {"num_timesteps": _json_number(modelscope_configuration(folder).get("num_timesteps", 1000)), **MODELSCOPE_BETAS}
+def modelscope_schedule(folder: Path) -> dict[str, Any]:
+    steps = _json_number(modelscope_configuration(folder).get("num_timesteps", 1000))
+    return {"num_timesteps": steps, **MODELSCOPE_BETAS, "prediction": "noise"}
 
 
 def _json_number(value: Any) -> int:

@@ -1,4 +1,4 @@
-"""What the network is trained to predict, and how far off it is (Eq. 5). Each variant is a class of its own."""
+"""How far off the network is (Eq. 5). Each variant is a class of its own."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from torch import Tensor
 from t2v.diffusion.schedule import NoiseSchedule
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A network: (Z_t (b c f h w), t (b,), text (b n d)) -> predicted noise (b c f h w). Eq. 4."""
+"""A network: (Z_t (b c f h w), t (b,), text (b n d)) -> predicted noise (b c f h w), or whatever `NoiseSchedule.prediction` says. Eq. 4."""
 
 
 @dataclass(frozen=True)
-class NoisePrediction:
-    """Eq. 5: the expectation of || epsilon - epsilon_theta(Z_t, c, t) ||^2, per sample and per latent value."""
+class DenoisingLoss:
+    """Eq. 5: the expectation of || epsilon - epsilon_theta(Z_t, c, t) ||^2, per sample and per latent value.
+
+    Where `schedule.prediction` is not the noise, its target stands in epsilon's place.
+    """
 
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
 
@@ -25,14 +28,16 @@ class NoisePrediction:
         noisy = self.schedule.add_noise(latents, noise, timestep)  # (b c f h w)
         predicted = unet(noisy, timestep, text)
         dtype = torch.promote_types(predicted.dtype, torch.float32)
-        return (predicted.to(dtype) - noise.to(dtype)).square().mean(dim=(1, 2, 3, 4))  # (b,)
+        target = self.schedule.target(latents, noise, timestep).to(dtype)
+        return (predicted.to(dtype) - target).square().mean(dim=(1, 2, 3, 4))  # (b,)
 
 
 @dataclass(frozen=True)
-class MinSNRNoisePrediction(NoisePrediction):
-    """Eq. 5 with the weight min(SNR_t, gamma) / SNR_t on each step (Hang et al. 2023); not in the paper.
+class MinSNRLoss(DenoisingLoss):
+    """Eq. 5 with the weight min(SNR_t, gamma) on the error of the clip itself (Hang et al. 2023); not in the paper.
 
-    The nearly clean steps, whose noise a small autoencoder's own noise hides, no longer drown those in which the text decides.
+    In terms of the predicted noise that is min(SNR_t, gamma) / SNR_t, of velocity min(SNR_t, gamma) / (SNR_t + 1). The nearly clean
+    steps, whose noise a small autoencoder's own noise hides, no longer drown those in which the text decides.
     """
 
     gamma: float = 5.0
@@ -45,4 +50,4 @@ class MinSNRNoisePrediction(NoisePrediction):
         """As above, weighted: (b,)."""
         losses = super().__call__(unet, latents, text, timestep, noise)
         snr = self.schedule.snr(timestep).to(losses.dtype)
-        return losses * snr.clamp(max=self.gamma) / snr
+        return losses * (snr.clamp(max=self.gamma) / (snr + (self.schedule.prediction == "velocity")))

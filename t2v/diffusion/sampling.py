@@ -15,7 +15,7 @@ from torch import Tensor
 
 from t2v.diffusion.guidance import ClassifierFreeGuidance
 from t2v.diffusion.objective import Denoiser
-from t2v.diffusion.schedule import NoiseSchedule
+from t2v.diffusion.schedule import PREDICTIONS, NoiseSchedule
 
 CLASSES: dict[str, Any] = {"ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler, "ddpm": DDPMScheduler}
 # What the released model sets beside the schedule: x_0 is never clipped, and the last step ends at abar[0] instead of 1.
@@ -71,6 +71,7 @@ class Sampler:
             beta_schedule="scaled_linear",
             beta_start=self.schedule.beta_start,
             beta_end=self.schedule.beta_end,
+            prediction_type=PREDICTIONS[self.schedule.prediction],
             timestep_spacing=self.spacing,
             steps_offset=min(1, total - 1 - last_multiple),  # 1, as released, except where that would step past T
             **EXTRAS[self.scheduler],

@@ -29,6 +29,8 @@ def write(folder: Path, unet: nn.Module, frozen: Frozen, schedule: Mapping[str, 
         raise ValueError(
             f"the autoencoder's {', '.join(differing)} differ from Stable Diffusion's, which ModelScope has fixed; export to diffusers"
         )
+    if schedule.get("prediction", "noise") != "noise":
+        raise ValueError(f"this model predicts {schedule['prediction']}; ModelScope's library knows noise only; export to diffusers")
     folder.mkdir(parents=True, exist_ok=True)
     training = {"num_timesteps": schedule.get("num_timesteps", 1000), "mean_type": "eps", "var_type": "fixed_small", "loss_type": "mse"}
     write_json(

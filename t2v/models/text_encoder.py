@@ -32,18 +32,21 @@ class TextEncoder:
         self._sha256: str | None = None
 
     @classmethod
-    def random(cls, seed: int = 0, width: int = 128, layers: int = 2, heads: int = 2, token_std: float = 1.0) -> TextEncoder:
+    def random(
+        cls, seed: int = 0, width: int = 128, layers: int = 2, heads: int = 2, token_std: float = 1.0, final_gain: float = 1.0
+    ) -> TextEncoder:
         """A small tower of random weights, the same bits on every machine: uniform numbers times a constant, one rounding each.
 
         Tokens are large beside what the layers add, so that words stay visible where they stand. Positions and padding are zero: what is
         left at the positions after the end is the sentence that causal attention gathered, as in a trained tower, so that even someone
-        who attends to all 77 alike reads it. Order is known by that attention alone.
+        who attends to all 77 alike reads it. Order is known by that attention alone. `final_gain` is the weight of the final norm: how
+        loud text is, and so how soon a network that starts from nothing listens.
         """
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}: use heads that divide the width")
         if layers < 2:
             raise ValueError(f"layers={layers}: at least 2 are needed, because the output is taken before the last one")
-        config = {"seed": seed, "width": width, "layers": layers, "heads": heads, "token_std": token_std}
+        config = {"seed": seed, "width": width, "layers": layers, "heads": heads, "token_std": token_std, "final_gain": final_gain}
         tower = empty_tower(width, layers, heads)
         generator = torch.Generator().manual_seed(seed)
         depth = (2 * layers) ** -0.5  # open_clip's scales, by which residual branches shrink with depth
@@ -62,6 +65,7 @@ class TextEncoder:
                 uniform = torch.rand(parameter.shape, generator=generator)
                 parameter.copy_((uniform - 0.5) * (std * 12**0.5))
             tower.token_embedding.weight[PADDING] = 0
+            tower.ln_final.weight.fill_(final_gain)
         return cls(tower, "TextEncoder.random", config)
 
     @classmethod

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from t2v.batch import ClipBatch, LatentBatch
 from t2v.checkpoint.card import RUNTIME, ModelCard, Part
-from t2v.diffusion.objective import NoisePrediction
+from t2v.diffusion.objective import DenoisingLoss
 from t2v.diffusion.randomness import integers, normal, seed_of, uniform
 from t2v.diffusion.sampling import Sampler
 from t2v.models.autoencoder import Autoencoder
@@ -41,7 +41,7 @@ class TextToVideoModule(LightningModule):
         unet: nn.Module,
         autoencoder: Autoencoder,
         text_encoder: TextEncoder,
-        objective: NoisePrediction,
+        objective: DenoisingLoss,
         sampler: Sampler,
         optimizer: Callable[[Iterable[Any]], Optimizer],
         lr_schedule: Callable[[int], float],

@@ -60,6 +60,7 @@ def test_how_a_network_runs_is_not_stored() -> None:
         ("sampler.guidance", 9.0, "sampler.guidance is 9.0, not an object"),
         ("sampler.scheduler", ["ddim"], "not a name"),
         ("sampler.num_steps", 0, "1..65536"),
+        ("schedule.prediction", "sample", "neither noise nor velocity"),
         ("schedule.num_timesteps", 1000.0, "1..65536"),
         ("schedule.num_timesteps", 10**9, "1..65536"),
         ("sampler.eta", 0.0, "unknown keys: 'eta'"),

@@ -130,7 +130,7 @@ def change(path: Path, **values: Any) -> None:
         (lambda f: change(f / "unet/config.json", block_out_channels=[33, 64]), "33"),
         (lambda f: change(f / "unet/config.json", block_out_channels=None), "configuration of its network cannot be used"),
         (lambda f: change(f / "unet/config.json", layers_per_block=2), "are missing"),
-        (lambda f: change(f / "scheduler/scheduler_config.json", prediction_type="v_prediction"), "prediction_type is 'v_prediction'"),
+        (lambda f: change(f / "scheduler/scheduler_config.json", prediction_type="sample"), "prediction_type is 'sample'"),
         (lambda f: change(f / "scheduler/scheduler_config.json", beta_schedule="linear"), "beta_schedule is 'linear'"),
         (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink(), "no unet in it"),
         (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"x" * 999), "truncated or not a safetensors file"),

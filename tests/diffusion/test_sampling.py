@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from diffusers.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
@@ -58,6 +60,18 @@ def test_dpm_equals_a_plain_diffusers_loop(inputs: tuple[Tensor, Tensor, Tensor]
     expected = plain_loop(DPMSolverMultistepScheduler(**RELEASED), 20, network, noise, text, empty, 3.0)
     result = Sampler("dpm++", 20, ClassifierFreeGuidance(3.0)).sample(network, noise, text, empty)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++"])
+def test_velocity_equals_a_plain_diffusers_loop(name: str, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    network, (noise, text, empty) = Network(), inputs
+    peer = {"ddim": partial(DDIMScheduler, clip_sample=False, set_alpha_to_one=False), "dpm++": DPMSolverMultistepScheduler}[name]
+    expected = plain_loop(peer(prediction_type="v_prediction", **RELEASED), 20, network, noise, text, empty, 3.0)
+    schedule = NoiseSchedule(prediction="velocity")
+    result = Sampler(name, 20, ClassifierFreeGuidance(3.0), schedule).sample(network, noise, text, empty)
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+    as_noise = Sampler(name, 20, ClassifierFreeGuidance(3.0)).sample(network, noise, text, empty)
+    assert (as_noise - result).abs().max() > 0.1
 
 
 def test_ddpm_equals_a_plain_diffusers_loop(inputs: tuple[Tensor, Tensor, Tensor]) -> None:

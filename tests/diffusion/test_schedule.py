@@ -12,7 +12,7 @@ def test_values_of_the_released_model() -> None:
     assert float(alphas_cumprod[0]) == pytest.approx(0.99915, abs=1e-9)
     assert float(alphas_cumprod[999]) == pytest.approx(0.0046601, abs=1e-6)
     assert float(schedule.snr(torch.tensor(999))) == pytest.approx(4.68e-3, abs=1e-5)
-    assert schedule.config == {"num_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
+    assert schedule.config == {"num_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "prediction": "noise"}
     assert schedule.to("cpu") is schedule
 
 
