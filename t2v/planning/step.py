@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from t2v.diffusion.objective import NoisePrediction
+from t2v.diffusion.objective import DenoisingLoss
 from t2v.models.autoencoder import Autoencoder
 from t2v.models.text_encoder import TOKENS, TextEncoder
 from t2v.planning.autocast import GPUFunctions
@@ -25,7 +25,7 @@ class Parts:
     unet: nn.Module
     autoencoder: Autoencoder
     text_encoder: TextEncoder
-    objective: NoisePrediction
+    objective: DenoisingLoss
 
 
 @dataclass(frozen=True)
