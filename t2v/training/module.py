@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -156,7 +157,8 @@ class TextToVideoModule(LightningModule):
 
     def pipeline(self, sampler: Sampler | None = None) -> TextToVideoPipeline:
         """The model as it would be exported now: EMA weights, nothing swapped."""
-        return TextToVideoPipeline(self.ema_unet, self.frozen, sampler or self.sampler, sample=self.sample)
+        sampler = replace(sampler or self.sampler, schedule=self.objective.schedule)  # the schedule that it was trained with
+        return TextToVideoPipeline(self.ema_unet, self.frozen, sampler, sample=self.sample)
 
     def describe(self, step: int) -> ModelCard:
         """What model.json says of a checkpoint."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from t2v.diffusion.objective import NoisePrediction
+from t2v.diffusion.objective import DenoisingLoss
 from t2v.models.autoencoder import SD_CONFIG, Autoencoder, empty_autoencoder
 from t2v.models.text_encoder import TextEncoder, empty_tower
 from t2v.models.unet import VideoUNet
@@ -35,13 +35,13 @@ def network(which: str = "none") -> VideoUNet:
 def parts(which: str = "none") -> Parts:
     with torch.device("meta"):
         unet = network(which)
-    return Parts(unet, Autoencoder(empty_autoencoder(SMALL_VAE)), TextEncoder(empty_tower(64, 2, 2).to("meta")), NoisePrediction())
+    return Parts(unet, Autoencoder(empty_autoencoder(SMALL_VAE)), TextEncoder(empty_tower(64, 2, 2).to("meta")), DenoisingLoss())
 
 
 def measured(which: str) -> int:
     """The most bytes that forward and backward pass take at once from torch's CPU allocator, as its profiler sees them."""
     torch.manual_seed(0)
-    unet, objective = network(which), NoisePrediction()
+    unet, objective = network(which), DenoisingLoss()
     inputs = [(torch.randn(b, 4, f, h // 8, w // 8), torch.randn(b, 77, 64)) for b, f, h, w in CLIPS.values()]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         loss = torch.zeros(())
@@ -135,9 +135,7 @@ def test_full_size_against_an_h200(batch: int, gibibytes: float) -> None:
     with torch.device("meta"):
         unet = Predicted(UNet3DConditionModel(cross_attention_dim=1024)).train()
     encoders = Autoencoder(empty_autoencoder(SMALL_VAE)), TextEncoder(empty_tower(1024, 2, 16).to("meta"))
-    counted = step(
-        Parts(unet, *encoders, NoisePrediction()), {"video": (batch, 16, 256, 256)}, precision="bf16-mixed", keeps_gradients=False
-    )
+    counted = step(Parts(unet, *encoders, DenoisingLoss()), {"video": (batch, 16, 256, 256)}, precision="bf16-mixed", keeps_gradients=False)
     total = counted.peak - counted.at_peak[GRADIENTS] + 3 * size_of(unet)  # weights and two moments
     assert total / 2**30 == pytest.approx(gibibytes, rel=0.05)
 
@@ -150,6 +148,6 @@ def test_operations_of_the_full_size() -> None:
         unet = VideoUNet()
     encoders = Autoencoder(empty_autoencoder(SMALL_VAE)), TextEncoder(empty_tower(1024, 2, 16).to("meta"))
     clips = {"image": (1, 1, 256, 256), "video": (1, 16, 256, 256)}
-    counted = step(Parts(unet, *encoders, NoisePrediction()), clips, precision="bf16-mixed", keeps_gradients=False)
+    counted = step(Parts(unet, *encoders, DenoisingLoss()), clips, precision="bf16-mixed", keeps_gradients=False)
     assert counted.operations["video"] / 1e12 == pytest.approx(3 * 4.887, rel=0.02)
     assert counted.operations["image"] / 1e12 == pytest.approx(3 * 0.264, rel=0.02)
