@@ -212,15 +212,30 @@ def _exit_with(error: BaseException) -> None:
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ is not None else error
     messages = [" ".join(str(part).strip().splitlines()) for part in dict.fromkeys((str(error), str(cause))) if str(part).strip()]
     message = re.sub(r"\s+", " ", re.sub(r"Config search path:.*", "", ". ".join(messages)))
-    print(f"error: {message}{_near_matches(message)}", file=sys.stderr)
+    if not _first_says_it():
+        print(f"error: {message}{_near_matches(message)}", file=sys.stderr)
     sys.exit(1)
+
+
+def _first_rank() -> bool:
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
 
 
 def _another_rank_says_it() -> bool:
     """Until the ranks are connected all of them do the same, so what the user can mend is said by the first."""
-    first = all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
     distributed = sys.modules.get("torch.distributed")
-    return not first and not (distributed is not None and distributed.is_available() and distributed.is_initialized())
+    return not _first_rank() and not (distributed is not None and distributed.is_available() and distributed.is_initialized())
+
+
+def _first_says_it(seconds: float = 10) -> bool:
+    """Of connected ranks that fail alike the first speaks, and what started this one (the first, or a launcher) then ends. If nothing ends,
+    the error is this rank's own."""
+    if _first_rank():
+        return False
+    parent, until = os.getppid(), time.monotonic() + seconds
+    while time.monotonic() < until and os.getppid() == parent:
+        time.sleep(0.1)
+    return os.getppid() != parent
 
 
 def _near_matches(message: str) -> str:

@@ -1,6 +1,6 @@
 """Checkpoint folders, without Lightning: the trainer writes them; generate, evaluate and export read them."""
 
-from t2v.checkpoint.card import CardError, ModelCard, Part
+from t2v.checkpoint.card import AutoencoderCard, CardError, ModelCard, Part
 from t2v.checkpoint.folder import (
     CARD,
     DATA,
@@ -17,6 +17,7 @@ from t2v.checkpoint.folder import (
     is_complete,
     latest,
     prune,
+    remove,
     require_writable,
     staging_folder,
     step_folder,
@@ -25,6 +26,7 @@ from t2v.checkpoint.folder import (
 )
 from t2v.checkpoint.foreign import ForeignModel, read_foreign, read_unet, split_place
 from t2v.checkpoint.model import build_unet, compare, describe, load_weights, read_card, read_model, save_weights
+from t2v.checkpoint.pieces import Piece, reserve, write_pieces
 
 __all__ = [
     "CARD",
@@ -33,12 +35,14 @@ __all__ = [
     "MARKER",
     "TRAIN",
     "UNET",
+    "AutoencoderCard",
     "CardError",
     "CheckpointError",
     "CheckpointWriteError",
     "ForeignModel",
     "ModelCard",
     "Part",
+    "Piece",
     "begin",
     "build_unet",
     "check",
@@ -54,11 +58,14 @@ __all__ = [
     "read_foreign",
     "read_model",
     "read_unet",
+    "remove",
     "require_writable",
+    "reserve",
     "save_weights",
     "split_place",
     "staging_folder",
     "step_folder",
     "write",
     "write_error",
+    "write_pieces",
 ]

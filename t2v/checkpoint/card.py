@@ -100,6 +100,8 @@ class ModelCard:
     @classmethod
     def from_dict(cls, values: object) -> ModelCard:
         """Raises CardError for anything unknown, missing or of another type."""
+        if isinstance(values, dict) and "kind" in values:
+            raise CardError(f"it is a training's checkpoint of another kind ({_short(values['kind'])}), not a text-to-video model")
         card = _mapping(
             values,
             "model.json",
@@ -141,15 +143,36 @@ class ModelCard:
     @classmethod
     def read(cls, path: Path) -> ModelCard:
         """Raises CardError where the file is too large, not JSON, or not a card."""
-        if path.stat().st_size > MAX_BYTES:
-            raise CardError(f"it has {path.stat().st_size} bytes; a model.json has at most {MAX_BYTES}")
-        try:
-            values = json.loads(path.read_text("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
-        except CardError:
-            raise
-        except (ValueError, RecursionError) as error:
-            raise CardError(f"it is not JSON ({type(error).__name__})") from error
-        return cls.from_dict(values)
+        return cls.from_dict(_read(path))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True)
+class AutoencoderCard:
+    """model.json of an autoencoder that is being trained: its own training continues from it, nothing else reads it."""
+
+    autoencoder: Part
+    step: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, "kind": "autoencoder", "step": self.step, "autoencoder": self.autoencoder.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: object) -> AutoencoderCard:
+        """Raises CardError for anything unknown, missing or of another type."""
+        card = _mapping(values, "model.json", required={"format", "kind", "step", "autoencoder"}, optional=set())
+        if (card["format"], card["kind"]) != (FORMAT, "autoencoder") or not _is_int(card["step"]) or card["step"] < 0:
+            raise CardError("it is not the checkpoint of an autoencoder in training")
+        part = _mapping(card["autoencoder"], "autoencoder", required={"class", "arguments"}, optional=set())
+        arguments = _mapping(part["arguments"], "autoencoder.arguments", required=set(), optional=None)
+        _plain(arguments, "autoencoder.arguments")
+        return cls(Part(str(part["class"]), arguments), card["step"])
+
+    @classmethod
+    def read(cls, path: Path) -> AutoencoderCard:
+        return cls.from_dict(_read(path))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
@@ -158,6 +181,17 @@ class ModelCard:
 def build(part: Part, registry: Mapping[str, Callable[[], Callable[..., Any]]], **more: Any) -> Any:
     """Call the registered constructor. `more` are this process's own choices and win over the card's arguments."""
     return registry[part.name]()(**{**part.arguments, **more})
+
+
+def _read(path: Path) -> object:
+    if path.stat().st_size > MAX_BYTES:
+        raise CardError(f"it has {path.stat().st_size} bytes; a model.json has at most {MAX_BYTES}")
+    try:
+        return json.loads(path.read_text("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+    except CardError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CardError(f"it is not JSON ({type(error).__name__})") from error
 
 
 def _part(values: object, where: str, registry: Mapping[str, Callable[[], Callable[..., Any]]], *, hashed: bool) -> Part:

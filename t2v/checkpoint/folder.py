@@ -22,7 +22,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from t2v.checkpoint.card import ModelCard
+from t2v.checkpoint.card import AutoencoderCard, ModelCard
 
 UNET, EMA, CARD, MARKER = "unet.safetensors", "ema.safetensors", "model.json", "complete"
 TRAIN, DATA = "train/", "data/"
@@ -46,7 +46,7 @@ def step_folder(run: Path | str, step: int) -> Path:
     return Path(run) / "checkpoints" / f"step-{step:08d}"
 
 
-def write(folder: Path | str, parts: Mapping[str, PartWriter], model: Mapping[str, Any] | ModelCard) -> Path:
+def write(folder: Path | str, parts: Mapping[str, PartWriter], model: Mapping[str, Any] | ModelCard | AutoencoderCard) -> Path:
     """Write a checkpoint from one process. `parts`: relative name -> function that writes that path; a name that ends in "/" is a folder.
 
     Until it is complete it lives under a temporary name beside `folder`. Raises CheckpointError in one line where the disk is full or not
@@ -89,7 +89,7 @@ def begin(folder: Path | str) -> Path:
     return staging
 
 
-def commit(staging: Path, folder: Path | str, model: Mapping[str, Any] | ModelCard) -> Path:
+def commit(staging: Path, folder: Path | str, model: Mapping[str, Any] | ModelCard | AutoencoderCard) -> Path:
     """The second half of `write`: model.json, everything to the disk, the final name, the marker last."""
     folder = Path(folder)
     card = _card(model)
@@ -120,8 +120,10 @@ def commit(staging: Path, folder: Path | str, model: Mapping[str, Any] | ModelCa
     return folder
 
 
-def _card(model: Mapping[str, Any] | ModelCard) -> ModelCard:
+def _card(model: Mapping[str, Any] | ModelCard | AutoencoderCard) -> ModelCard | AutoencoderCard:
     """Passed through the checks of reading, so that nothing is written that cannot be read."""
+    if isinstance(model, AutoencoderCard):
+        return AutoencoderCard.from_dict(model.to_dict())
     return ModelCard.from_dict(model.to_dict() if isinstance(model, ModelCard) else dict(model))
 
 
@@ -228,7 +230,8 @@ def _read_marker(folder: Path) -> dict[str, dict[str, Any]]:
                 type(size) is int and not {"..", ""} & set(PurePosixPath(name).parts) and name[0] != "/" for name, size in files.items()
             )
             and all(files.get(name, HASHED_UP_TO + 1) <= HASHED_UP_TO for name in hashes)
-            and {CARD, UNET} <= files.keys()
+            and CARD in files
+            and any(name.endswith(".safetensors") for name in files)
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise broken from error
@@ -280,6 +283,14 @@ def find(path: Path | str) -> Path:
     return path
 
 
+def remove(folder: Path | str) -> None:
+    """Delete a checkpoint, in one step out of sight first: a kill leaves no folder that lost half its files."""
+    trash = Path(folder).with_name(f".{Path(folder).name}.deleting")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(folder, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
 def prune(run: Path | str, keep: int) -> list[Path]:
     """Delete all but the `keep` newest whole checkpoints, and what killed processes left behind; return what was deleted.
 
@@ -291,9 +302,7 @@ def prune(run: Path | str, keep: int) -> list[Path]:
     whole = [folder for folder in folders if is_complete(folder)]
     doomed = [folder for folder in folders if folder not in whole[:keep]]
     for folder in doomed:
-        trash = folder.with_name(f".{folder.name}.deleting")  # one step out of sight: a kill leaves no folder that lost half its files
-        shutil.rmtree(trash, ignore_errors=True)
-        os.rename(folder, trash)
+        remove(folder)
     for pattern in (".step-*.deleting", ".step-*.writing"):
         for leftover in _folder_of_steps(run).glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from t2v.checkpoint.card import AUTOENCODERS, PLACES, RUNTIME, TEXT_ENCODERS, UNETS, CardError, ModelCard, Part, build
+from t2v.checkpoint.card import AUTOENCODERS, PLACES, RUNTIME, TEXT_ENCODERS, UNETS, AutoencoderCard, CardError, ModelCard, Part, build
 from t2v.checkpoint.folder import CARD, EMA, UNET, CheckpointError, find
 
 if TYPE_CHECKING:
     from t2v.diffusion.sampling import Sampler
     from t2v.models.frozen import Frozen
+
+AnyCard = TypeVar("AnyCard", ModelCard, AutoencoderCard)
 
 
 def save_weights(network: nn.Module | Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
@@ -50,11 +52,11 @@ def describe(
     )
 
 
-def read_card(folder: Path | str) -> ModelCard:
+def read_card(folder: Path | str, kind: type[AnyCard] = ModelCard) -> AnyCard:  # type: ignore[assignment]
     """model.json, every value of it checked. Raises CheckpointError."""
     path = Path(folder) / CARD
     try:
-        return ModelCard.read(path)
+        return kind.read(path)
     except CardError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from error
     except OSError as error:

@@ -22,9 +22,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from t2v.batch import ClipBatch
+from t2v.checkpoint import AutoencoderCard, Part
 from t2v.data.checker import Score, score
 from t2v.data.shapes import held_out_images, held_out_specs, render
 from t2v.diffusion.randomness import normal
+from t2v.training.checkpoints import count_batches, lay_out_like_parameters
 from t2v.training.ema import EMA
 from t2v.training.mixture import StepPlan
 
@@ -113,6 +115,17 @@ class AutoencoderModule(LightningModule):
         self.log("optimizer/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
         self.trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
         return loss
+
+    def describe(self, step: int) -> AutoencoderCard:
+        """What model.json says of a checkpoint."""
+        arguments = {name: value for name, value in self.autoencoder.config.items() if not name.startswith("_")}
+        return AutoencoderCard(Part("AutoencoderKL", json.loads(json.dumps(arguments))), step)
+
+    def on_train_start(self) -> None:
+        lay_out_like_parameters(self.trainer.optimizers[0])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        count_batches(checkpoint, self.plan.accumulate)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The average follows at once, before any callback can save it."""

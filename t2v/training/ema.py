@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from t2v.training.sharding import local
+
 
 class EMA:
     """ema <- decay * ema + (1 - decay) * model after every optimizer step.
@@ -23,7 +25,15 @@ class EMA:
         return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
 
     @torch.no_grad()
+    def start(self, average: nn.Module, model: nn.Module) -> None:
+        """Step 0: the average is the model."""
+        for mean, current in zip(average.parameters(), model.parameters()):
+            mean.copy_(current)
+
+    @torch.no_grad()
     def update(self, average: nn.Module, model: nn.Module, step: int) -> None:
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - self.decay_at(step))
+        torch._foreach_lerp_(
+            local(average.parameters()), local(model.parameters()), 1 - self.decay_at(step)
+        )  # elementwise: exact on shards
         for mean, current in zip(average.buffers(), model.buffers()):
             mean.copy_(current)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from t2v import checkpoint
 from t2v.batch import ClipBatch, LatentBatch
-from t2v.checkpoint.card import RUNTIME, ModelCard, Part
+from t2v.checkpoint import ModelCard
 from t2v.diffusion.objective import DenoisingLoss
 from t2v.diffusion.randomness import integers, normal, seed_of, uniform
 from t2v.diffusion.sampling import Sampler
@@ -22,9 +23,12 @@ from t2v.models.autoencoder import Autoencoder
 from t2v.models.frozen import Frozen
 from t2v.models.text_encoder import TextEncoder
 from t2v.pipeline import TextToVideoPipeline
+from t2v.training.checkpoints import count_batches, lay_out_like_parameters
 from t2v.training.ema import EMA
 from t2v.training.mixture import StepPlan
-from t2v.training.nan_watch import NonFiniteError, first_bad_gradient, first_bad_layer, gradient_norm
+from t2v.training.nan_watch import MicroBatch, NonFiniteError, explain, gradient_norm
+from t2v.training.sharding import materialise
+from t2v.training.strategies import FullyShardedStrategy
 
 TEMPORAL_MODULES = ("temp_convs", "temp_attentions", "transformer_in")
 
@@ -70,15 +74,25 @@ class TextToVideoModule(LightningModule):
         self.caption_dropout = caption_dropout
         self.temporal_lr_factor = temporal_lr_factor
         self.seed = seed
-        self.losses: list[tuple[str, Tensor, Tensor]] = []  # (stream, timesteps, losses) since the log last took them
+        self.micro_batches: list[MicroBatch] = []  # of the optimizer step under way, or just done
         self.gradient_norm: Tensor | None = None  # of the last optimizer step, before clipping
-        self._last_keys: list[str] = []  # samples of the optimizer step under way
 
     # -- set-up ---------------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        self.frozen.to(self.device)
+        self.frozen.to(self.trainer.strategy.root_device)  # the module itself is moved later
         self.trainer.datamodule.check(self.frozen)  # type: ignore[attr-defined]
+
+    def configure_model(self) -> None:
+        """Where the strategy divides networks between ranks, the average is divided like the network. Both may come without memory."""
+        if isinstance(self.trainer.strategy, FullyShardedStrategy):
+            on_meta = next(self.unet.parameters()).is_meta
+            for network in (self.unet, self.ema_unet):
+                self.trainer.strategy.shard(network)
+            if on_meta:
+                materialise(self.unet, self.trainer.strategy.root_device)
+                self.ema_unet.to_empty(device=self.trainer.strategy.root_device)
+                self.ema.start(self.ema_unet, self.unet)
 
     def configure_optimizers(self) -> Any:
         temporal = {name: any(part in name for part in TEMPORAL_MODULES) for name, _ in self.unet.named_parameters()}
@@ -117,33 +131,29 @@ class TextToVideoModule(LightningModule):
     def training_step(self, batch: dict[str, ClipBatch], batch_idx: int) -> Tensor:
         plan = self.plan
         torch.manual_seed(seed_of(self.seed, "dropout", self.global_step, batch_idx % plan.accumulate, self.global_rank))
-        loss = torch.zeros((), device=self.device)
         if batch_idx % plan.accumulate == 0:
-            self._last_keys = []
+            self.micro_batches.clear()
+        loss = torch.zeros((), device=self.device)
         for stream, clips in batch.items():
-            if len(clips) == 0:
-                continue
-            encoded = self.encode(stream, clips)
-            timestep = integers(self._keys("timestep", stream, clips), self.objective.schedule.num_timesteps).to(self.device)
-            noise = normal(self._keys("noise", stream, clips), encoded.latents.shape[1:]).to(self.device)
-            losses = self.objective(self.unet, encoded.latents, encoded.text, timestep, noise)  # (b,)
-            if not torch.isfinite(losses).all():
-                layer = first_bad_layer(self.unet, lambda: self.objective(self.unet, encoded.latents, encoded.text, timestep, noise))  # noqa: B023
-                keys = [key for key, fine in zip(clips.keys, torch.isfinite(losses).tolist(), strict=True) if not fine]
-                raise NonFiniteError(f"step {self.global_step}: the loss of {stream} {', '.join(keys)} is not finite; first in {layer}")
-            self.losses.append((stream, timestep, losses.detach()))
-            self._last_keys += clips.keys
-            loss = loss + plan.scale(stream) * losses.sum()
+            weight = plan.scale(stream) if len(clips) else 0.0
+            trained = self.predict(stream, clips if len(clips) else stand_in(clips))
+            loss = loss + weight * trained.losses.sum()
+            self.micro_batches.append(replace(trained, keys=clips.keys, losses=trained.losses.detach()[: len(clips)]))
         self.trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
         return loss
 
+    def predict(self, stream: str, clips: ClipBatch) -> MicroBatch:
+        """Eq. 5 for each of b clips."""
+        encoded = self.encode(stream, clips)
+        timestep = integers(self._keys("timestep", stream, clips), self.objective.schedule.num_timesteps).to(self.device)
+        noise = normal(self._keys("noise", stream, clips), encoded.latents.shape[1:]).to(self.device)
+        losses = self.objective(self.unet, encoded.latents, encoded.text, timestep, noise)  # (b,)
+        return MicroBatch(stream, clips.keys, encoded, timestep, noise, losses)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.gradient_norm = gradient_norm(self.unet)
+        self.gradient_norm = gradient_norm(self.unet)  # of all ranks, so that all of them stop together
         if not torch.isfinite(self.gradient_norm):
-            where = first_bad_gradient(self.unet)
-            raise NonFiniteError(
-                f"step {self.global_step}: the loss is finite but the gradient of {where} is not; samples {', '.join(self._last_keys)}"
-            )
+            raise NonFiniteError(f"step {self.global_step}: {explain(self.unet, self.objective, self.micro_batches)}")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The average follows at once, before any callback can save or sample it."""
@@ -162,22 +172,16 @@ class TextToVideoModule(LightningModule):
 
     def describe(self, step: int) -> ModelCard:
         """What model.json says of a checkpoint."""
-        autoencoder, text_encoder = self.frozen.autoencoder, self.frozen.text_encoder
-        network: dict[str, Any] = self.unet.config  # type: ignore[assignment]
-        return ModelCard(
-            unet=Part(type(self.unet).__name__, {name: value for name, value in network.items() if name not in RUNTIME}),
-            autoencoder=Part(type(autoencoder).__name__, autoencoder.config, autoencoder.sha256()),
-            text_encoder=Part(text_encoder.kind, text_encoder.config, text_encoder.sha256()),
-            schedule=self.objective.schedule.config,
-            sampler=self.sampler.config,
-            sample=self.sample,  # type: ignore[arg-type]
-            step=step,
-        )
+        return checkpoint.describe(self.unet, self.frozen, self.sampler, sample=self.sample, step=step)
+
+    def on_train_start(self) -> None:
+        lay_out_like_parameters(self.trainer.optimizers[0])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Batches are counted anew by the present plan, so that another number of ranks or micro-batches may continue the run."""
-        step = checkpoint["global_step"]
-        batches = step * self.plan.accumulate
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for span in ("total", "current"):
-            progress[span] = dict.fromkeys(("ready", "started", "processed"), batches) | {"completed": batches - 1}
+        count_batches(checkpoint, self.plan.accumulate)
+
+
+def stand_in(none: ClipBatch) -> ClipBatch:
+    """One black clip in place of an empty micro-batch: it weighs nothing, but lets every rank take part in the same exchanges."""
+    frames = none.frames.new_zeros((1, *none.frames.shape[1:]))  # (1 f h w c)
+    return replace(none, frames=frames, captions=[""], keys=[""], sources=[""], indices=[0], text=None, empty_text=None)

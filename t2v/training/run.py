@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from t2v import checkpoint as folder_format
-from t2v.checkpoint import ModelCard
+from t2v.checkpoint import AutoencoderCard, ModelCard
 from t2v.training import slurm
 from t2v.training.callbacks.samples import SampleVideos
 from t2v.training.checkpoints import Checkpoints, FolderCheckpointIO
@@ -82,11 +84,13 @@ def resume_from(resume: str, folder: Path) -> Path | None:
     return folder_format.find(resume)
 
 
-def same_model(stored: ModelCard, wanted: ModelCard, checkpoint: Path) -> None:
+def same_model(stored: ModelCard | AutoencoderCard, wanted: ModelCard | AutoencoderCard, checkpoint: Path) -> None:
     """Raise ValueError where a checkpoint is of another network or was trained with other frozen parts."""
     for name in ("unet", "text_encoder", "autoencoder"):
+        if not hasattr(wanted, name):
+            continue
         old, new = (json.loads(json.dumps(getattr(card, name).to_dict())) for card in (stored, wanted))
-        if name == "autoencoder":
+        if name == "autoencoder" and "sha256" in new:
             old, new = {"sha256": old["sha256"]}, {"sha256": new["sha256"]}  # where it lies may change
         if old == new:
             continue
@@ -100,6 +104,38 @@ def same_model(stored: ModelCard, wanted: ModelCard, checkpoint: Path) -> None:
             f"{checkpoint} holds another {name}: {'; '.join(differences)}. Continue with its own configuration, or start another "
             "run with run=NAME"
         )
+
+
+def make_trainer(trainer: Callable[..., Trainer], **arguments: Any) -> Trainer:
+    """Raises ValueError for devices that this machine does not have."""
+    asked = getattr(trainer, "keywords", {})
+    advice = (
+        "Ask for as many as there are (nvidia-smi lists them), trainer.devices=auto, or trainer.accelerator=cpu for processes on the CPU"
+    )
+    try:
+        made = trainer(**arguments)
+    except MisconfigurationException as error:
+        raise ValueError(f"trainer.devices={asked.get('devices')} cannot be had: {' '.join(str(error).split())} {advice}") from error
+    if asked.get("accelerator") == "auto" and made.world_size > 1 and isinstance(made.accelerator, CPUAccelerator):
+        raise ValueError(f"trainer.devices={asked.get('devices')}, but this machine shows no GPU. {advice}")
+    return made
+
+
+def check_port(trainer: Trainer) -> None:
+    """Raises ValueError where the port at which the ranks are to meet is taken. torchrun holds it itself."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is None or trainer.world_size == 1 or not first_process() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    port = environment.main_port
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", port))
+        except OSError as error:
+            raise ValueError(
+                f"port {port}, where the ranks are to meet, cannot be used on this host ({error.strerror}): "
+                "another training may hold it; set MASTER_PORT to a free one, or leave it unset"
+            ) from error
 
 
 def train(
@@ -120,15 +156,18 @@ def train(
     checkpoint = resume_from(resume, folder)
     step = None
     if checkpoint is not None:
-        card = folder_format.read_card(checkpoint)
+        wanted = module.describe(0)  # type: ignore[operator]
+        card = folder_format.read_card(checkpoint, type(wanted))
         step = card.step
-        same_model(card, module.describe(step), checkpoint)  # type: ignore[operator]
-    lightning_trainer = trainer(
+        same_model(card, wanted, checkpoint)
+    lightning_trainer = make_trainer(
+        trainer,
         callbacks=list(callbacks.values()),
         logger=loggers(step),
         default_root_dir=str(folder),
         plugins=[FolderCheckpointIO(lambda: module.describe(lightning_trainer.global_step)), *slurm.plugins()],  # type: ignore[operator]
     )
+    check_port(lightning_trainer)
     datamodule = data()
     plan = datamodule.plan(lightning_trainer.world_size)  # type: ignore[attr-defined]
     lightning_trainer.accumulate_grad_batches = plan.accumulate
@@ -144,15 +183,22 @@ def train(
     started = time.monotonic()
     lightning_trainer.fit(module, datamodule=datamodule, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     seconds = time.monotonic() - started
-    received = next((c.received for c in callbacks.values() if isinstance(c, Checkpoints)), None)
-    if received is not None:
-        print(
-            f"stopped by {signal.Signals(received).name} after step {lightning_trainer.global_step}; the same command continues from there",
-            file=sys.stderr,
-        )
-        slurm.requeue(received)
-        sys.exit(128 + received)
+    stopped = next((c for c in callbacks.values() if isinstance(c, Checkpoints) and c.received is not None), None)
+    if stopped is not None:
+        if lightning_trainer.is_global_zero:
+            print(farewell(stopped, lightning_trainer.global_step), file=sys.stderr)
+        assert stopped.received is not None
+        slurm.requeue(stopped.received)
+        sys.exit(128 + stopped.received)
     return finish(lightning_trainer, module, callbacks, folder, seconds)
+
+
+def farewell(stopped: Checkpoints, step: int) -> str:
+    """What a signal did, and from where the same command goes on."""
+    saved = stopped.saved_step
+    onward = "from there" if saved == step else f"from step {saved}" if saved > 0 else "from the start"
+    lost = "" if saved == step else "; no checkpoint could be written then"
+    return f"stopped by {signal.Signals(stopped.received).name} after step {step}{lost}; the same command continues {onward}"  # type: ignore[arg-type]
 
 
 def finish(trainer: Trainer, module: LightningModule, callbacks: Mapping[str, Callback], folder: Path, seconds: float) -> dict[str, float]:

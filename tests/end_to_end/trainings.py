@@ -34,19 +34,18 @@ class Trainings:
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder, self.data = folder, data
 
-    def command(self, *overrides: str) -> list[str]:
+    def command(self, *overrides: str, base: tuple[str, ...] = SMALL) -> list[str]:
         paths = (f"paths.data={self.data}", f"paths.experiments={self.folder}")
         flags = [override for override in overrides if override.startswith("-")]
-        return [sys.executable, "-m", "t2v.train", *flags, *SMALL, *paths, *(name for name in overrides if name not in flags)]
+        return [sys.executable, "-m", "t2v.train", *flags, *base, *paths, *(name for name in overrides if name not in flags)]
 
-    def start(self, *overrides: str) -> subprocess.Popen[str]:
+    def start(self, *overrides: str, base: tuple[str, ...] = SMALL) -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"} | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            self.command(*overrides), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.folder, env=environment
-        )
+        command = self.command(*overrides, base=base)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.folder, env=environment)
 
-    def run(self, *overrides: str) -> tuple[int, str]:
-        process = self.start(*overrides)
+    def run(self, *overrides: str, base: tuple[str, ...] = SMALL) -> tuple[int, str]:
+        process = self.start(*overrides, base=base)
         output, _ = process.communicate(timeout=240)
         return process.returncode, output
 

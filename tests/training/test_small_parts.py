@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_training import MadeUpData, small_module
 from torch import nn
 
 from t2v.training.callbacks.training_log import update_to_weight
+from t2v.training.datamodules import FirstStep
 from t2v.training.ema import EMA
 from t2v.training.learning_rate import constant, cosine
+from t2v.training.mixture import JointMixture
 from t2v.training.nan_watch import first_bad_gradient, first_bad_layer, gradient_norm
 
 
@@ -66,3 +69,35 @@ def test_update_to_weight_is_what_adam_did() -> None:
         optimizer.zero_grad()
     measured = float((weight.detach() - before).norm() / weight.detach().norm())
     assert update_to_weight(optimizer, optimizer.param_groups[0]) == pytest.approx(measured, rel=0.02)
+
+
+def test_temporal_layers_may_learn_at_another_rate() -> None:
+    equal = small_module().configure_optimizers()["optimizer"]
+    assert {group["name"]: group["lr"] for group in equal.param_groups} == {"spatial": 1e-3, "temporal": 1e-3}
+    module = small_module(temporal_lr_factor=3.0)
+    optimizer = module.configure_optimizers()["optimizer"]
+    assert {group["name"]: pytest.approx(group["lr"]) for group in optimizer.param_groups} == {"spatial": 1e-3, "temporal": 3e-3}
+    of_group = {group["name"]: {id(p) for p in group["params"]} for group in optimizer.param_groups}
+    for name, parameter in module.unet.named_parameters():
+        temporal = any(part in name for part in ("temp_convs", "temp_attentions", "transformer_in"))
+        assert id(parameter) in of_group["temporal" if temporal else "spatial"], name
+
+
+def test_caption_dropout_replaces_that_share_by_the_empty_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = MadeUpData({"image": 400, "video": 4}, {"image": 400, "video": 4}, JointMixture())
+    for share in (0.0, 0.25, 0.9):
+        module = small_module(caption_dropout=share)
+        monkeypatch.setattr(type(module), "global_step", 0)
+        prompts: list[str] = []
+        monkeypatch.setattr(module.frozen.text_encoder, "encode", lambda captions: prompts.extend(captions) or torch.zeros(1))  # noqa: B023
+        module.encode("image", data.clips("image", list(range(400))))
+        assert len(prompts) == 400
+        assert prompts.count("") == pytest.approx(400 * share, abs=400 * 0.05 if share else 0)
+    with pytest.raises(ValueError, match="share of the captions"):
+        small_module(caption_dropout=1.0)
+
+
+def test_the_first_step_again_and_again() -> None:
+    steps = FirstStep(iter(range(100)), accumulate=3)  # type: ignore[arg-type]
+    taken = iter(steps)
+    assert [next(taken) for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]

@@ -10,6 +10,7 @@ from pytorch_lightning import Callback, Trainer
 from torch import Tensor
 
 from t2v.diffusion.sampling import Sampler
+from t2v.training.sharding import is_sharded
 from t2v.training.tensorboard import add_video
 from t2v.video import contact_sheet, write_animation, write_mp4
 
@@ -17,7 +18,8 @@ from t2v.video import contact_sheet, write_animation, write_mp4
 class SampleVideos(Callback):
     """Every `every_n_steps` optimizer steps and at the end, with the EMA weights and always the same noise per prompt.
 
-    Rank 0 samples while the others wait at the next collective; nothing is swapped, so training is not disturbed.
+    Rank 0 samples while the others wait at the next collective; where the network is sharded all ranks do it together. Nothing is swapped,
+    so training is not disturbed.
     """
 
     def __init__(
@@ -41,13 +43,15 @@ class SampleVideos(Callback):
         step = trainer.global_step
         if step != self.sampled_step and (step % self.every_n_steps == 0 or step >= trainer.max_steps):
             self.sampled_step = step
-            if trainer.is_global_zero:
+            if trainer.is_global_zero or is_sharded(next(module.ema_unet.parameters())):
                 self.sample(trainer, module)
 
     def sample(self, trainer: Trainer, module: Any) -> None:
         frames = {} if self.num_frames is None else {"num_frames": self.num_frames}
         with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
             videos: Tensor = module.pipeline(self.sampler)(self.prompts, seed=self.seed, **frames)  # (b f h w c)
+        if not trainer.is_global_zero:
+            return
         fps = module.sample["fps"]
         folder = Path(trainer.default_root_dir) / "samples" / f"step-{trainer.global_step:08}"
         folder.mkdir(parents=True, exist_ok=True)

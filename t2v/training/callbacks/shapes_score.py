@@ -57,7 +57,8 @@ class ShapesScore(Callback):
         """Generate and score; every rank must call it. The table is logged, written to scores.jsonl and returned."""
         started = time.perf_counter()
         specs = held_out_specs(self.num_prompts, self.seed, self.kind)  # type: ignore[arg-type]
-        mine = list(range(trainer.global_rank, len(specs), trainer.world_size))
+        share = -(-len(specs) // trainer.world_size)  # equal on all ranks, as a sharded network runs on all of them: the last ones repeat
+        mine = [min(trainer.global_rank + k * trainer.world_size, len(specs) - 1) for k in range(share)]
         frames = {} if self.num_frames is None else {"num_frames": self.num_frames}
         with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
             videos = module.pipeline(self.sampler)(
@@ -68,9 +69,7 @@ class ShapesScore(Callback):
             torch.distributed.all_gather_object(parts, videos)
         else:
             parts = [videos]
-        in_order = {
-            i: video for rank, part in enumerate(parts) for i, video in zip(range(rank, len(specs), trainer.world_size), part, strict=True)
-        }
+        in_order = {i: video for rank, part in enumerate(parts) for i, video in zip(range(rank, len(specs), trainer.world_size), part)}
         result = score([in_order[i] for i in range(len(specs))], specs, module.sample["fps"])
         metrics = {f"score/{name}": row.accuracy for name, row in result.rows.items()}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})

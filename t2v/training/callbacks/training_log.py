@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from t2v.batch import ClipBatch
+from t2v.training.sharding import is_sharded, local
 
 QUANTILES = 4
 
@@ -30,6 +31,7 @@ class TrainingLog(Callback):
         self.every_n_steps = every_n_steps
         self.bad: Counter[tuple[str, str]] = Counter()
         self.seen: Counter[str] = Counter()
+        self.losses: list[tuple[str, Tensor, Tensor]] = []  # (stream, timesteps, losses) since the last log
         self.waited = 0.0
         self.since = self.batch_ended = time.perf_counter()
         self.logged_step = 0
@@ -47,6 +49,7 @@ class TrainingLog(Callback):
             self.bad.update(clips.bad)
             if clips.bad_examples:
                 self._write_examples(trainer, clips.bad_examples)
+        self.losses += [(m.stream, m.timestep[: len(m.losses)], m.losses) for m in module.micro_batches[-len(batch) :]]
         step = trainer.global_step
         if step > self.logged_step and step % self.every_n_steps == 0:
             self.logged_step = step
@@ -55,8 +58,8 @@ class TrainingLog(Callback):
 
     def _log(self, trainer: Trainer, module: Any, step: int) -> None:
         now = time.perf_counter()
-        scalars = _mean_losses(module.losses, module.objective.schedule.num_timesteps, module.device)
-        module.losses.clear()
+        scalars = _mean_losses(self.losses, module.objective.schedule.num_timesteps, module.device)
+        self.losses.clear()
         seen = torch.tensor([float(self.seen["image"]), float(self.seen["video"])], device=module.device)
         if _distributed():
             dist.all_reduce(seen)
@@ -124,8 +127,11 @@ def update_to_weight(optimizer: Optimizer, group: dict[str, Any]) -> float:
     squares = torch.zeros(2, device=with_state[0].device)
     for parameter in with_state:
         state = optimizer.state[parameter]
-        direction = state["exp_avg"] / (1 - beta1**step) / ((state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + group["eps"])
-        squares += torch.stack([(direction + group["weight_decay"] * parameter).square().sum(), parameter.square().sum()])
+        mean, square, weights = local([state["exp_avg"], state["exp_avg_sq"], parameter])
+        direction = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])
+        squares += torch.stack([(direction + group["weight_decay"] * weights).square().sum(), weights.square().sum()])
+    if is_sharded(with_state[0]):
+        dist.all_reduce(squares)
     update, weight = squares.tolist()
     return group["lr"] * (update / weight) ** 0.5 if weight else 0.0
 

@@ -1,0 +1,103 @@
+"""What cannot be trained is refused in one line, on one rank, before anything starts."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pytorch_lightning import Trainer
+from ranks import free_port, on_ranks
+from small_training import MadeUpData, fit, small_module, small_unet
+from tiny_model import TinyTextEncoder
+
+from t2v import checkpoint
+from t2v.training.checkpoints import Checkpoints
+from t2v.training.mixture import JointMixture
+from t2v.training.run import check_port, make_trainer, same_model
+
+BATCH = {"image": 2, "video": 2}
+
+
+@pytest.mark.parametrize(("accelerator", "devices"), [("gpu", 8), ("auto", 8)])
+def test_a_missing_gpu_is_named(accelerator: str, devices: int) -> None:
+    asked = functools.partial(Trainer, accelerator=accelerator, devices=devices, logger=False)
+    with pytest.raises(ValueError, match=r"trainer\.devices=8.*nvidia-smi") as caught:
+        make_trainer(asked)
+    assert "\n" not in str(caught.value)
+    on_cpus = make_trainer(functools.partial(Trainer, accelerator="cpu", devices=2, logger=False))
+    assert on_cpus.world_size == 2
+
+
+def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer: Any = SimpleNamespace(world_size=2, strategy=SimpleNamespace(cluster_environment=SimpleNamespace(main_port=free_port())))
+    check_port(trainer)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        trainer.strategy.cluster_environment.main_port = port
+        with pytest.raises(ValueError, match=f"port {port}.*MASTER_PORT"):
+            check_port(trainer)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        check_port(trainer)
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+        monkeypatch.setenv("RANK", "1")
+        check_port(trainer)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    card = small_module().describe(3)
+    same_model(card, small_module().describe(0), tmp_path)
+    other = small_module(sample={"frames": 9, "height": 32, "width": 32, "fps": 3}).describe(0)
+    same_model(card, other, tmp_path)  # what it makes by default may change
+    with pytest.raises(ValueError, match=r"another unet: layers_per_block is 1 there and 2 here"):
+        same_model(card, small_module(unet=small_unet(layers_per_block=2)).describe(0), tmp_path)
+    with pytest.raises(ValueError, match="another text_encoder: seed is 0 there and 1 here"):
+        same_model(card, small_module(text_encoder=TinyTextEncoder(seed=1)).describe(0), tmp_path)
+
+
+def resumed(folder: Path, first: Path) -> str:
+    """Rank 1 does not see the folder that rank 0 sees."""
+    data = MadeUpData(BATCH, BATCH, JointMixture())
+    resume = first if os.environ["RANK"] == "0" else None
+    with pytest.raises(ValueError, match="every host must see") as caught:
+        fit(small_module(), data, folder, strategy="ddp", world=2, steps=3, resume=resume, callbacks=[Checkpoints()])
+    return str(caught.value)
+
+
+def test_ranks_that_see_different_folders_do_not_start(tmp_path: Path) -> None:
+    fit(small_module(), MadeUpData(BATCH, BATCH, JointMixture()), tmp_path, steps=1, callbacks=[Checkpoints()])
+    messages = on_ranks(resumed, 2, tmp_path, tmp_path, checkpoint.step_folder(tmp_path, 1))
+    assert all(message.startswith("rank 0 starts at step 1 and rank 1 at step 0: ") for message in messages)
+
+
+FAILS = """
+import functools, os, subprocess, sys, time
+import t2v
+from t2v import configuration
+from t2v.configuration import _exit_with
+configuration._first_says_it = functools.partial(configuration._first_says_it, 3)
+if len(sys.argv) > 1:
+    os.environ["LOCAL_RANK"] = "1"
+    _exit_with(OSError("no such file"))
+subprocess.Popen([sys.executable, __file__, "second"])
+time.sleep(1)
+_exit_with(OSError("no such file"))
+"""
+
+
+def test_one_of_several_ranks_speaks(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS)
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr == "error: no such file\n"
+    alone = subprocess.run([sys.executable, script, "second"], capture_output=True, text=True)
+    assert alone.stderr == "error: no such file\n"  # nobody else failed: it is this rank's own

@@ -1,0 +1,200 @@
+"""A checkpoint of any number of ranks in any strategy is the same folder; a disk that refuses stops nobody."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+from ranks import on_ranks
+from safetensors.torch import load_file
+from small_training import MadeUpData, fit, small_module
+from tiny_model import read_tiny_parts
+from torch import Tensor
+
+from t2v import checkpoint
+from t2v.checkpoint import CheckpointError, Piece, reserve, write_pieces
+from t2v.pipeline import TextToVideoPipeline
+from t2v.training.callbacks.samples import SampleVideos
+from t2v.training.checkpoints import Checkpoints
+from t2v.training.mixture import JointMixture
+from t2v.training.run import farewell
+from t2v.training.strategies import FullyShardedStrategy
+
+BATCH = {"image": 3, "video": 3}
+STRATEGIES: dict[str, Any] = {"single": lambda: "auto", "ddp": lambda: "ddp", "fsdp": FullyShardedStrategy}
+
+
+def train(folder: Path, strategy: str, world: int, steps: int, resume: Path | None = None, **options: Any) -> dict[str, Any]:
+    """Train and save every step in `folder`."""
+    saving = Checkpoints(every_n_steps=1, keep=9)
+    data = MadeUpData(BATCH, {"image": 2, "video": 2}, JointMixture())
+    callbacks = [*options.pop("callbacks", []), saving]
+    module = options.pop("module", None) or small_module()
+    fit(module, data, folder, strategy=STRATEGIES[strategy](), world=world, steps=steps, resume=resume, callbacks=callbacks, **options)
+    return {"saved": saving.saved_step, "tried": saving.tried_step, "farewell": farewell(saving, steps) if saving.received else ""}
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    files = ("unet.safetensors", "ema.safetensors", "train/optimizer.safetensors")
+    return {f"{file}:{name}": tensor for file in files for name, tensor in load_file(folder / file).items()}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps in one process."""
+    folder = tmp_path_factory.mktemp("straight")
+    train(folder, "single", 1, 3)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("fsdp", 2), ("single", 1)),
+        pytest.param(("single", 1), ("fsdp", 2), marks=pytest.mark.slow),
+        pytest.param(("fsdp", 2), ("fsdp", 3), marks=pytest.mark.slow),
+        pytest.param(("ddp", 2), ("fsdp", 2), marks=pytest.mark.slow),
+    ],
+)
+def test_another_strategy_continues(straight: Path, first: tuple[str, int], second: tuple[str, int], tmp_path: Path) -> None:
+    """float64: what two strategies made, one after the other, is what one process makes alone."""
+    for (strategy, world), steps, resume in ((first, 2, None), (second, 3, checkpoint.step_folder(tmp_path, 2))):
+        if strategy == "single":
+            train(tmp_path, strategy, world, steps, resume)
+        else:
+            on_ranks(train, world, tmp_path, tmp_path, strategy, world, steps, resume)
+        step = checkpoint.step_folder(tmp_path, steps)
+        checkpoint.check(step)
+        expected, found = tensors(checkpoint.step_folder(straight, steps)), tensors(step)
+        assert expected.keys() == found.keys()
+        worst = max(float((expected[name] - found[name]).abs().max()) for name in expected)
+        assert worst < 1e-10, worst
+    sizes = [{path.name: path.stat().st_size for path in folder.glob("*.safetensors")} for folder in (step, checkpoint.latest(straight))]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.slow
+def test_a_sharded_checkpoint_is_a_model_for_everyone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_ranks(train, 2, tmp_path, tmp_path, "fsdp", 2, 1)
+    read_tiny_parts(monkeypatch)
+    assert json.loads((checkpoint.step_folder(tmp_path, 1) / "model.json").read_text())["unet"]["class"] == "VideoUNet"
+    video = TextToVideoPipeline.from_pretrained(tmp_path, device="cpu")("a red circle", num_frames=1)
+    assert video.shape == (1, 32, 32, 3)
+
+
+class Obstacle(Callback):
+    """From its step on, the folder of checkpoints is where a file stands: no rank can write there. Sends a signal, if asked to."""
+
+    def __init__(self, step: int, send: signal.Signals | None = None) -> None:
+        self.step, self.send = step, send
+
+    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+        if trainer.global_step == self.step:
+            place = Path(trainer.default_root_dir) / "checkpoints"
+            if trainer.is_global_zero:
+                place.rename(place.with_name("moved"))
+                place.write_text("")
+            if self.send is not None and trainer.is_global_zero:
+                os.kill(os.getpid(), self.send)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_refused_save_stops_no_rank(strategy: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    results = on_ranks(refused, 2, tmp_path, tmp_path, strategy)
+    assert results == [{"saved": 1, "tried": 3, "farewell": ""}] * 2
+    checkpoint.check(tmp_path / "moved" / "step-00000001")
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "could not write" in line]
+    assert len(warnings) == 2  # steps 2 and 3, one rank each
+
+
+def refused(folder: Path, strategy: str) -> dict[str, Any]:
+    return train(folder, strategy, 2, 3, callbacks=[Obstacle(2)])
+
+
+def test_a_refused_save_at_a_signal_promises_nothing(tmp_path: Path) -> None:
+    result = train(tmp_path, "single", 1, 9, callbacks=[Obstacle(2, signal.SIGTERM)])
+    assert "continues from step 1" in result["farewell"]
+    assert "no checkpoint could be written" in result["farewell"]
+    assert "from there" not in result["farewell"]
+
+
+@pytest.mark.slow
+def test_zero_outputs_survive_the_meta_device(tmp_path: Path) -> None:
+    for zeros, equal, sharded in on_ranks(built_on_meta, 2, tmp_path, tmp_path):
+        assert (zeros, equal, sharded) == (39, True, True)
+
+
+def built_on_meta(folder: Path) -> tuple[int, bool, bool]:
+    """A network of the paper's structure (39 zero outputs) and little width, given to FSDP without memory."""
+    from t2v.models.unet import VideoUNet
+
+    with torch.device("meta"):
+        unet = VideoUNet(block_out_channels=[32, 32, 32, 32], norm_num_groups=8, attention_head_dim=8, cross_attention_dim=32)
+    module = small_module(unet=unet)
+    data = MadeUpData(BATCH, {"image": 2, "video": 2}, JointMixture())
+    look = Look()
+    fit(module, data, folder, strategy=FullyShardedStrategy(), world=2, steps=1, callbacks=[look])
+    return look.zeros, look.equal, look.sharded
+
+
+class Look(Callback):
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        parameters = dict(module.unet.named_parameters())
+        self.sharded = all(p.to_local().numel() < p.numel() for p in parameters.values() if p.shape[0] > 1)
+        whole = {name: p.full_tensor() for name, p in parameters.items()}
+        self.zeros = sum(1 for name, p in whole.items() if name.endswith("weight") and not p.any())
+        self.equal = all(torch.equal(p.full_tensor(), whole[name]) for name, p in module.ema_unet.named_parameters())
+
+
+@pytest.mark.slow
+def test_every_rank_samples_where_the_average_is_sharded(tmp_path: Path) -> None:
+    on_ranks(sampled, 2, tmp_path, tmp_path)
+    assert (tmp_path / "samples" / "step-00000001" / "00.mp4").stat().st_size > 0
+
+
+def sampled(folder: Path) -> dict[str, Any]:
+    return train(folder, "fsdp", 2, 1, callbacks=[SampleVideos(["a red circle"], every_n_steps=1, num_frames=3)])
+
+
+def test_pieces_of_many_make_the_file_of_one(tmp_path: Path) -> None:
+    whole = {"a": torch.randn(7, 3), "b": torch.arange(5), "half": torch.randn(4, 2).bfloat16(), "scalar": torch.tensor(2.0)}
+    reserve(tmp_path / "one", {name: Piece.whole(tensor) for name, tensor in whole.items()})
+    write_pieces(tmp_path / "one", {name: Piece.whole(tensor) for name, tensor in whole.items()})
+    cuts = [0, 3, 3, 7]  # the second of three has no rows
+    for number, (begin, end) in enumerate(itertools.pairwise(cuts)):
+        pieces = {
+            name: Piece(tensor[begin:end], tuple(tensor.shape), min(begin, len(tensor))) if tensor.ndim else Piece.whole(tensor)
+            for name, tensor in whole.items()
+        }
+        if number == 0:
+            reserve(tmp_path / "three", pieces)
+        write_pieces(tmp_path / "three", pieces)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "three").read_bytes()
+    found = load_file(tmp_path / "three")
+    assert all(torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in whole.items())
+
+
+def test_an_autoencoders_checkpoint_is_no_model_to_generate_with(tmp_path: Path) -> None:
+    card = checkpoint.AutoencoderCard(checkpoint.Part("AutoencoderKL", {"latent_channels": 4}), 3)
+    weights = {"autoencoder.safetensors": lambda path: checkpoint.save_weights({"a": torch.zeros(1)}, path)}
+    folder = checkpoint.write(tmp_path / "step-00000003", weights, card)
+    assert checkpoint.read_card(folder, checkpoint.AutoencoderCard) == card
+    with pytest.raises(CheckpointError, match="not a text-to-video model"):
+        checkpoint.read_card(folder)
+
+
+def test_removing_a_checkpoint_leaves_nothing(tmp_path: Path) -> None:
+    from t2v.training.checkpoints import FolderCheckpointIO
+
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    (folder / "unet.safetensors").write_text("x")
+    FolderCheckpointIO(lambda: None).remove_checkpoint(folder)  # type: ignore[arg-type, return-value]
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,149 @@
+"""A rank that stops, a rank that hangs, a loss that jumps, a value that is not a number: each is named, and nobody waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Callback
+from ranks import on_ranks, start_ranks
+from small_training import MadeUpData, fit, small_module
+
+from t2v.training.callbacks.loss_spikes import LossSpikes
+from t2v.training.callbacks.rank_watch import Beat, Judge, RankWatch
+from t2v.training.mixture import JointMixture
+from t2v.training.nan_watch import NonFiniteError
+from t2v.training.strategies import FullyShardedStrategy
+
+BATCH = {"image": 4, "video": 4}
+MICRO = {"image": 2, "video": 2}
+
+
+class Misfortune(Callback):
+    """Befalls one rank in step 2."""
+
+    def __init__(self, rank: int, event: str) -> None:
+        self.rank, self.event = rank, event
+
+    def on_train_batch_start(self, trainer: Any, *arguments: Any) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == 2:
+            if self.event == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(120)
+
+
+def watched(folder: Path, rank: int, event: str) -> None:
+    data = MadeUpData(BATCH, MICRO, JointMixture())
+    fit(small_module(), data, folder, strategy="ddp", world=2, steps=9, callbacks=[RankWatch(5.0), Misfortune(rank, event)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "event", "said"),
+    [(1, "stop", "rank 1"), (0, "stop", "rank 0"), (1, "hang", "rank 1")],
+)
+def test_a_rank_that_stops_ends_the_run_by_name(
+    rank: int, event: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    processes = start_ranks(watched, 2, tmp_path, tmp_path, rank, event)
+    try:
+        for process in processes:
+            process.join(60)
+        assert [process.is_alive() for process in processes] == [False, False]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[1 - rank].exitcode == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    assert said in lines[0]
+    assert f"pid {processes[rank].pid}" in lines[0]
+    assert ("stuck in micro-batch" if event == "hang" else "does not answer") in lines[0]
+
+
+@pytest.mark.slow
+def test_the_watch_ends_with_the_training(tmp_path: Path) -> None:
+    on_ranks(undisturbed, 2, tmp_path, tmp_path)
+
+
+def undisturbed(folder: Path) -> None:
+    fit(small_module(), MadeUpData(BATCH, MICRO, JointMixture()), folder, strategy="ddp", world=2, steps=2, callbacks=[RankWatch(2.0)])
+    time.sleep(3)  # nobody beats any more, and nobody is accused
+
+
+def test_the_judge_tells_the_silent_from_the_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def after(seconds: float, *said: tuple[int, int]) -> tuple[int, str] | None:
+        clock[0] += seconds
+        return judge.hear({rank: Beat(beats, micro_batch) for rank, (beats, micro_batch) in enumerate(said)})
+
+    judge = Judge(seconds=10)
+    assert after(0, (0, 0), (0, 0), (0, 0)) is None
+    assert after(11, (1, 0), (1, 0), (1, 0)) is None  # all live and none moves: an evaluation
+    accused = after(1, (2, 1), (2, 0), (2, 1))  # the others have gone on
+    assert accused is not None
+    assert accused[0] == 1
+    assert "stuck in micro-batch 0" in accused[1]
+    judge = Judge(seconds=10)
+    assert after(0, (0, 1), (0, 0), (0, 1)) is None
+    assert after(9, (1, 1), (1, 1), (0, 1)) is None
+    accused = after(2, (2, 1), (2, 1), (0, 1))
+    assert accused is not None
+    assert accused[0] == 2
+    assert "does not answer" in accused[1]
+    with pytest.raises(ValueError, match="above 0"):
+        RankWatch(0)
+
+
+class Jump(Callback):
+    """Makes the losses of step 4 ten times as large, as the log sees them."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *arguments: Any) -> None:
+        if trainer.global_step == 4:
+            for m in module.micro_batches:
+                if m.stream == "video" and "video-13" in m.keys:
+                    m.losses.mul_(50)
+
+
+def test_spikes_are_logged_with_their_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spikes = LossSpikes(factor=3, warmup_steps=2, samples=3)
+    fit(small_module(), MadeUpData(BATCH, MICRO, JointMixture()), tmp_path, steps=6, callbacks=[Jump(), spikes])
+    (record,) = [json.loads(line) for line in (tmp_path / "loss_spikes.jsonl").read_text().splitlines()]
+    assert (record["step"], record["stream"]) == (4, "video")
+    assert record["loss"] > 3 * record["usual"]
+    assert record["samples"][0]["key"] in ("video-12", "video-13")
+    assert len(record["samples"]) == 3
+    assert "step 4: video loss" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="above 1"):
+        LossSpikes(factor=1)
+
+
+def not_a_number(folder: Path, strategy: str) -> str:
+    data = MadeUpData(BATCH, MICRO, JointMixture(), bad=("video", 7))
+    with pytest.raises(NonFiniteError) as caught:
+        fit(small_module(), data, folder, strategy=FullyShardedStrategy() if strategy == "fsdp" else "ddp", world=2, steps=5)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_all_ranks_name_the_sample_of_the_one_that_has_it(strategy: str, tmp_path: Path) -> None:
+    one, other = on_ranks(not_a_number, 2, tmp_path, tmp_path, strategy)
+    assert one == other
+    assert one.startswith("step 1: the loss of video video-7 is not finite; first in ")
+    assert one.endswith("(rank 1)")
+
+
+def test_a_bad_gradient_names_its_parameter(tmp_path: Path) -> None:
+    module = small_module()
+    module.unet.conv_out.bias.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteError, match=r"the gradient of conv_out\.bias is not; samples image-0"):
+        fit(module, MadeUpData(BATCH, MICRO, JointMixture()), tmp_path)
+    assert torch.isfinite(module.unet.conv_out.bias).all()
