@@ -16,7 +16,7 @@ from torch import Tensor
 
 from t2v.batch import ClipBatch
 from t2v.data.loader import split
-from t2v.diffusion.objective import NoisePrediction
+from t2v.diffusion.objective import DenoisingLoss
 from t2v.diffusion.randomness import normal
 from t2v.diffusion.sampling import Sampler
 from t2v.diffusion.schedule import NoiseSchedule
@@ -104,7 +104,7 @@ def small_module(**changes: Any) -> TextToVideoModule:
         "unet": small_unet(),
         "autoencoder": Moments(),
         "text_encoder": TinyTextEncoder(),
-        "objective": NoisePrediction(schedule),
+        "objective": DenoisingLoss(schedule),
         "sampler": Sampler("ddim", num_steps=2, schedule=schedule),
         "optimizer": partial(torch.optim.AdamW, lr=1e-3),
         "lr_schedule": constant(),
