@@ -29,7 +29,7 @@ if __name__ == "__main__":
 from trainings import SMALL
 
 RANKS = 2
-STEPS_PER_LIFE = 5  # more than a life lasts on average, so that the run is not done before the last kill
+STEPS_PER_LIFE = 4  # more than a life lasts on average, so that the run is not done before the last kill
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 MOMENTS = ("while saving", "after a checkpoint", "anywhere", "after a checkpoint")  # 3 and 4: every pair occurs
 PRELOAD = ["t2v.train", "t2v.training.module", "t2v.training.run", "t2v.training.datamodules", "t2v.data.shapes", "t2v.data.webvid"]
