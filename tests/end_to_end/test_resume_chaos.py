@@ -1,4 +1,5 @@
-"""SIGKILL at any moment, again and again: every sample that the resumed run consumes is the undisturbed run's, in the same step."""
+"""SIGKILL at any moment, again and again: every sample that the resumed run consumes is the undisturbed run's, in the same step, and so is
+every bit of the weights in the end."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from trainings import SMALL
 
-STEPS_PER_LIFE = 6  # more than a life lasts, so that the run is never done before the last kill
+STEPS_PER_LIFE = 4  # the most that a life below saves
 PRELOAD = ["t2v.train", "t2v.training.module", "t2v.training.run", "t2v.training.datamodules", "t2v.data.shapes", "t2v.data.webvid"]
 PRELOAD += ["t2v.models.unet", "diffusers.models.autoencoders.autoencoder_kl", "open_clip.transformer", "torch.utils.tensorboard"]
 MOMENTS = ("after a checkpoint", "while saving", "anywhere")
@@ -74,20 +77,25 @@ class Run:
     def checkpoints(self) -> set[str]:
         return {path.parent.name for path in self.folder.glob("checkpoints/step-*/complete")}
 
+    def lines(self) -> int:
+        return (self.folder / "consumed_rank0.jsonl").read_text().count("\n")
+
     def saving(self) -> bool:
         return any(not (path / "complete").exists() for path in self.folder.glob("checkpoints/*"))
 
     def live_until_killed(self, moment: str, rng: random.Random) -> None:
         process, before = self.start(), self.checkpoints()
         if moment == "anywhere":
-            self._wait(process, rng.uniform(0, 3), lambda: False)
+            self._wait(process, rng.uniform(0, 3), lambda: bool(self.checkpoints() - before))
         else:
             self._wait(process, 100, lambda: bool(self.checkpoints() - before))
             assert self.checkpoints() - before, self.log.read_text()
             if moment == "while saving":
                 self._wait(process, 100, self.saving)
             else:
-                self._wait(process, rng.uniform(0, 0.6), lambda: False)
+                later = self.lines() + rng.randrange(12)  # up to 3 steps
+                self._wait(process, 100, lambda: self.lines() >= later)
+                time.sleep(rng.uniform(0, 0.05))
         assert process.is_alive(), self.log.read_text()
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
@@ -101,10 +109,12 @@ class Run:
             time.sleep(0.002)
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_kills_change_no_sample(kills: int, shapes_data: Path, tmp_path: Path) -> None:
-    steps, rng = STEPS_PER_LIFE * kills, random.Random(kills)
-    straight = Run(tmp_path / "straight", shapes_data, steps).finish()
+    steps, rng = STEPS_PER_LIFE * kills + 2, random.Random(kills)
+    undisturbed = Run(tmp_path / "straight", shapes_data, steps)
+    straight = undisturbed.finish()
     run = Run(tmp_path / "killed", shapes_data, steps)
     for kill in range(kills):
         run.live_until_killed(MOMENTS[kill % len(MOMENTS)], rng)
@@ -113,3 +123,6 @@ def test_kills_change_no_sample(kills: int, shapes_data: Path, tmp_path: Path) -
     assert run.log.read_text().count("resume   step") >= kills // 2
     assert [json.loads(line)["step"] for line in straight] == [step for step in range(1, steps + 1) for _ in range(4)]  # 2 micro-batches
     assert disturbed == straight
+    for name in ("unet.safetensors", "ema.safetensors"):
+        one, other = (load_file(each.folder / f"checkpoints/step-{steps:08d}" / name) for each in (undisturbed, run))
+        assert all(torch.equal(one[key], other[key]) for key in one), name
