@@ -51,8 +51,6 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
     if (allocation := slurm.Allocation.of()) is not None:
         allocation.check(cfg.trainer.devices, cfg.trainer.num_nodes)
     slurm.require_devices(cfg.trainer.accelerator, cfg.trainer.devices)
-    if running.first_process():
-        slurm.require_free_port()
     with running.only_writer(folder):
         import torch
         from pytorch_lightning import seed_everything

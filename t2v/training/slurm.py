@@ -84,26 +84,6 @@ def require_devices(accelerator: str, devices: int | str) -> None:
         )
 
 
-def require_free_port(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise ValueError if the first rank's meeting point is taken. Where nobody chose a port, a free one is found later."""
-    if "TORCHELASTIC_RUN_ID" in environment:  # torchrun listens there itself
-        return
-    port = int(environment.get("MASTER_PORT", 0))
-    if not port and Allocation.of(environment) is not None and "SLURM_JOB_ID" in environment:
-        port = 15_000 + int(environment["SLURM_JOB_ID"][-4:])  # as Lightning chooses it
-    if not port:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise ValueError(
-                f"port {port} on {socket.gethostname()}, where the ranks should meet, is in use ({error.strerror}): "
-                f"set MASTER_PORT={port + 1} in the environment, or end the process that has it"
-            ) from None
-
-
 def requeue_when_signalled() -> None:
     """For the time before training has its own handlers: nothing is lost yet, so the job is queued again at once."""
     if Allocation.of() is not None and "SUBMITIT_EXECUTOR" not in os.environ:
