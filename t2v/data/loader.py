@@ -240,4 +240,7 @@ def as_it_is(item: Any) -> Any:
 def start_worker(_: int) -> None:
     end_with_parent()
     torch.set_num_threads(1)  # the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to answer
+    # Signals that reach the whole process group or SLURM step are the trainer's to answer: it needs samples until it has saved.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))  # a second one ends even a hanging worker
