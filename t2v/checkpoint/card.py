@@ -133,7 +133,7 @@ class ModelCard:
             unet=_part(card["unet"], "unet", UNETS, hashed=False),
             autoencoder=_part(card["autoencoder"], "autoencoder", AUTOENCODERS, hashed=True),
             text_encoder=_part(card["text_encoder"], "text_encoder", TEXT_ENCODERS, hashed=True),
-            schedule=schedule,
+            schedule={**schedule, "prediction": schedule.get("prediction", "noise")},  # earlier versions wrote none
             sampler=sampler,
             sample=sample,
             step=card["step"],

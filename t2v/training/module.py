@@ -66,7 +66,7 @@ class TextToVideoModule(LightningModule):
         self.ema_unet = copy.deepcopy(unet).eval().requires_grad_(False)
         self.frozen = Frozen(autoencoder, text_encoder)  # outside the module tree: never trained, wrapped or saved
         self.objective = objective
-        self.sampler = sampler
+        self.sampler = replace(sampler, schedule=objective.schedule)  # sampled on the schedule that it is trained with
         self.make_optimizer = optimizer
         self.lr_schedule = lr_schedule
         self.ema = ema
@@ -167,7 +167,7 @@ class TextToVideoModule(LightningModule):
 
     def pipeline(self, sampler: Sampler | None = None) -> TextToVideoPipeline:
         """The model as it would be exported now: EMA weights, nothing swapped."""
-        sampler = replace(sampler or self.sampler, schedule=self.objective.schedule)  # the schedule that it was trained with
+        sampler = self.sampler if sampler is None else replace(sampler, schedule=self.objective.schedule)
         return TextToVideoPipeline(self.ema_unet, self.frozen, sampler, sample=self.sample)
 
     def describe(self, step: int) -> ModelCard:

@@ -85,11 +85,12 @@ def resume_from(resume: str, folder: Path) -> Path | None:
 
 
 def same_model(stored: ModelCard | AutoencoderCard, wanted: ModelCard | AutoencoderCard, checkpoint: Path) -> None:
-    """Raise ValueError where a checkpoint is of another network or was trained with other frozen parts."""
-    for name in ("unet", "text_encoder", "autoencoder"):
+    """Raise ValueError where a checkpoint is of another network, noise schedule or prediction, or was trained with other frozen parts."""
+    for name in ("unet", "text_encoder", "autoencoder", "schedule"):
         if not hasattr(wanted, name):
             continue
-        old, new = (json.loads(json.dumps(getattr(card, name).to_dict())) for card in (stored, wanted))
+        parts = (getattr(card, name) for card in (stored, wanted))
+        old, new = (json.loads(json.dumps(part if isinstance(part, dict) else part.to_dict())) for part in parts)
         if name == "autoencoder" and "sha256" in new:
             old, new = {"sha256": old["sha256"]}, {"sha256": new["sha256"]}  # where it lies may change
         if old == new:

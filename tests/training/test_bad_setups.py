@@ -18,6 +18,9 @@ from small_training import MadeUpData, fit, small_module, small_unet
 from tiny_model import TinyTextEncoder
 
 from t2v import checkpoint
+from t2v.diffusion.objective import DenoisingLoss
+from t2v.diffusion.sampling import Sampler
+from t2v.diffusion.schedule import NoiseSchedule
 from t2v.training.checkpoints import Checkpoints
 from t2v.training.mixture import JointMixture
 from t2v.training.run import check_port, make_trainer, same_model
@@ -61,6 +64,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         same_model(card, small_module(unet=small_unet(layers_per_block=2)).describe(0), tmp_path)
     with pytest.raises(ValueError, match="another text_encoder: seed is 0 there and 1 here"):
         same_model(card, small_module(text_encoder=TinyTextEncoder(seed=1)).describe(0), tmp_path)
+    velocity = small_module(objective=DenoisingLoss(NoiseSchedule(prediction="velocity")))
+    given = Sampler("dpm++", num_steps=3)  # whatever samplers say of the schedule, it samples and is described as it was trained
+    assert [velocity.pipeline(sampler).sampler.schedule.prediction for sampler in (None, given)] == ["velocity"] * 2
+    assert velocity.describe(0).schedule["prediction"] == "velocity"
+    with pytest.raises(ValueError, match="another schedule: prediction is noise there and velocity here"):
+        same_model(card, velocity.describe(0), tmp_path)
 
 
 def resumed(folder: Path, first: Path) -> str:
