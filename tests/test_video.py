@@ -256,7 +256,9 @@ def test_contact_sheet_places_videos_over_captions() -> None:
     sheet = contact_sheet(videos, ["a red circle", "a very long caption " * 9, ""], columns=2)
     assert sheet.shape[0] == 3
     assert sheet[2, 20, 20].tolist() == [10] * 3  # the shortest video holds its last frame
-    assert (sheet[0, 38:60, :40] < 128).any()  # letters under the first
+    assert sheet[2, 130, 130].tolist() == [10] * 3  # enlarged from 32 to 128 pixels
+    assert (sheet[0, 134:160, :130] < 128).any()  # letters under the first
+    assert contact_sheet(videos, ["a", "b", "c"], columns=3, least_width=32).shape[2] == 3 * 36 + 4
     with pytest.raises(ValueError, match="caption"):
         contact_sheet(videos, ["one"])
 

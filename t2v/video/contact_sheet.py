@@ -19,16 +19,22 @@ def contact_sheet(
     captions: Sequence[str],
     *,
     columns: int | None = None,
-    lines: int = 2,
+    lines: int = 3,
     margin: int = 4,
     background: int = 255,
+    least_width: int = 128,
 ) -> Tensor:
-    """Videos uint8 (f h w c) side by side, each over its caption: uint8 (f H W c). Shorter ones hold their last frame."""
+    """Videos uint8 (f h w c) side by side, each over its caption: uint8 (f H W c). Shorter ones hold their last frame.
+
+    Narrower ones than `least_width` pixels are enlarged by a whole factor, so that captions can be read.
+    """
     if not videos or len(videos) != len(captions):
         raise ValueError(
             f"a contact sheet needs as many captions as videos, and at least one: {len(videos)} videos, {len(captions)} captions"
         )
     clips = [as_pixels(video) for video in videos]
+    enlarged = math.ceil(least_width / max(clip.shape[2] for clip in clips))
+    clips = [clip.repeat(enlarged, axis=1).repeat(enlarged, axis=2) for clip in clips]
     columns = columns or math.ceil(math.sqrt(len(clips)))
     rows = math.ceil(len(clips) / columns)
     height, width = max(clip.shape[1] for clip in clips), max(clip.shape[2] for clip in clips)
