@@ -56,9 +56,15 @@ def per_gpu(parts: Parts, counted: Step, layout: Layout) -> dict[str, int]:
 
 
 def micro_batch_that_fits(parts: Mapping[str, int], stream: str, now: int, limit: int) -> int:
-    """The largest micro-batch of `stream` with which the parts stay within `limit` bytes; 0 if not even one sample does."""
-    growing = parts.get(activations_of(stream), 0) + parts.get(BACKWARD, 0)
-    return max(0, now * (limit - sum(parts.values()) + growing) // max(1, growing))
+    """The largest micro-batch of `stream` with which the parts stay within `limit` bytes; 0 if not even one sample does.
+
+    Where the stream holds next to nothing when most is alive (another stream's peak), a larger one was not counted: `now`, if it fits.
+    """
+    total, own = sum(parts.values()), parts.get(activations_of(stream), 0)
+    if 100 * own < total:
+        return now if total <= limit else 0
+    growing = own + parts.get(BACKWARD, 0)
+    return max(0, now * (limit - total + growing) // growing)
 
 
 @dataclass(frozen=True)

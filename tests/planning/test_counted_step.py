@@ -111,6 +111,8 @@ def test_fsdp_divides_what_stays_and_the_micro_batch_that_fits_does_fit() -> Non
     limit = int(0.7 * sum(whole.values()))
     fits = micro_batch_that_fits(whole, "video", 4, limit)
     assert 1 <= fits < 4
+    of_images = {"activations of images": 50, "activations of videos": 0, "weights (float32)": 50}
+    assert [micro_batch_that_fits(of_images, "video", 4, limit) for limit in (100, 99)] == [4, 0]  # the peak says nothing of videos
     smaller = step(made, {"video": (fits, 8, 64, 64)}, precision="bf16-mixed", keeps_gradients=True)
     assert sum(per_gpu(made, smaller, Layout(8, False, 2, 1, "bf16-mixed")).values()) <= limit
 
