@@ -32,7 +32,8 @@ def plan(cfg: DictConfig) -> None:
     from t2v.planning.report import problems
 
     logging.getLogger("xformers").setLevel(logging.ERROR)
-    OmegaConf.register_new_resolver("precision", lambda: cfg.hardware.precision, replace=True)  # of the machine that will train
+    if OmegaConf.is_interpolation(cfg.trainer, "precision"):  # not typed: that of the machine that will train, not of this one
+        cfg.trainer.precision = cfg.hardware.precision
     found = [Finding(f"{key} is not set", f"{key}=VALUE") for key in missing(cfg)]
     if not found:
         examine(cfg, found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -47,11 +48,12 @@ def test_memory_stays(kind: str, samples: int) -> None:
 
 
 def test_a_leak_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[bytearray] = []
+    held: list[mmap.mmap] = []
     take = readers.Host.take
 
     def leaking(host: readers.Host) -> list[dict[str, str]]:
-        held.append(bytearray(b"\1" * 100_000))  # zeros would not be resident
+        held.append(mmap.mmap(-1, 100_000, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))  # pages of its own, wherever the heap has holes
+        held[-1].write(b"\1" * 100_000)
         return take(host)
 
     monkeypatch.setattr(readers.Host, "take", leaking)
