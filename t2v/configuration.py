@@ -142,22 +142,28 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
     return decorate
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """ValueError for one in which no weights are kept."""
+    import torch
+
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in types:
+        raise ValueError(f"dtype={name} is unknown; there are {', '.join(types)}")
+    return types[name]
+
+
 def pipeline_of(cfg: DictConfig, place: str | Path, device: torch.device | str | None) -> TextToVideoPipeline:
     """What lies at `place`, with the dtype, weights and sampler that an entry point's options ask for. ValueError for an unknown dtype."""
-    import torch
     from hydra.utils import instantiate
 
     from t2v.diffusion.guidance import ClassifierFreeGuidance
     from t2v.pipeline import TextToVideoPipeline
 
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if cfg.dtype is not None and cfg.dtype not in types:
-        raise ValueError(f"dtype={cfg.dtype} is unknown; there are {', '.join(types)}")
     pipeline = TextToVideoPipeline.from_pretrained(
         place,
         ema=cfg.ema,
         device=device,
-        dtype=None if cfg.dtype is None else types[cfg.dtype],
+        dtype=None if cfg.dtype is None else dtype_of(cfg.dtype),
         autoencoder=cfg.autoencoder,
         text_encoder=cfg.text_encoder,
     )
@@ -217,20 +223,20 @@ def _exit_with(error: BaseException) -> None:
     sys.exit(1)
 
 
-def _first_rank() -> bool:
-    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
-
-
 def _another_rank_says_it() -> bool:
     """Until the ranks are connected all of them do the same, so what the user can mend is said by the first."""
+    from t2v.training.slurm import first_process
+
     distributed = sys.modules.get("torch.distributed")
-    return not _first_rank() and not (distributed is not None and distributed.is_available() and distributed.is_initialized())
+    return not first_process() and not (distributed is not None and distributed.is_available() and distributed.is_initialized())
 
 
 def _first_says_it(seconds: float = 10) -> bool:
     """Of connected ranks that fail alike the first speaks, and what started this one (the first, or a launcher) then ends. If nothing ends,
     the error is this rank's own."""
-    if _first_rank():
+    from t2v.training.slurm import first_process
+
+    if first_process():
         return False
     parent, until = os.getppid(), time.monotonic() + seconds
     while time.monotonic() < until and os.getppid() == parent:

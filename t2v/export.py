@@ -17,7 +17,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from t2v.configuration import entry
+from t2v.configuration import dtype_of, entry
 
 FORMATS = ("diffusers", "modelscope", "t2v")
 
@@ -33,14 +33,10 @@ def export(cfg: DictConfig) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("xformers").setLevel(logging.ERROR)  # it reports at every import what it cannot do on this machine
 
-    import torch
-
     from t2v import checkpoint
     from t2v.models import diffusers_folder, modelscope_folder
 
-    types = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if cfg.dtype not in types:
-        raise ValueError(f"dtype={cfg.dtype} is unknown; there are {', '.join(types)}")
+    dtype = dtype_of(cfg.dtype)
     kind, folder = checkpoint.split_place(cfg.checkpoint or cfg.weights)
     if cfg.format == "t2v" and kind is not None:
         raise ValueError(f"format=t2v takes a checkpoint=PATH of t2v, not weights={cfg.weights}")
@@ -48,7 +44,7 @@ def export(cfg: DictConfig) -> None:
     if kind is None:
         unet, frozen, card = checkpoint.read_model(folder, cfg.ema, **options)
         if cfg.format == "t2v":
-            save = functools.partial(checkpoint.save_weights, unet, dtype=types[cfg.dtype])
+            save = functools.partial(checkpoint.save_weights, unet, dtype=dtype)
             checkpoint.write(output, {checkpoint.UNET: save}, card)
             print(f"checkpoint written: {output}")
             return
@@ -60,7 +56,7 @@ def export(cfg: DictConfig) -> None:
     unfinished = output.with_name(output.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        write(unfinished, unet, frozen, schedule, types[cfg.dtype])
+        write(unfinished, unet, frozen, schedule, dtype)
         if output.exists():
             output.rmdir()
         unfinished.rename(output)

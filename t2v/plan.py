@@ -32,8 +32,6 @@ def plan(cfg: DictConfig) -> None:
     from t2v.planning.report import problems
 
     logging.getLogger("xformers").setLevel(logging.ERROR)
-    if OmegaConf.is_interpolation(cfg.trainer, "precision"):  # not typed: that of the machine that will train, not of this one
-        cfg.trainer.precision = cfg.hardware.precision
     found = [Finding(f"{key} is not set", f"{key}=VALUE") for key in missing(cfg)]
     if not found:
         examine(cfg, found)

@@ -25,6 +25,7 @@ from t2v.checkpoint import AutoencoderCard, ModelCard
 from t2v.training import slurm
 from t2v.training.callbacks.samples import SampleVideos
 from t2v.training.checkpoints import Checkpoints, FolderCheckpointIO
+from t2v.training.slurm import first_process
 from t2v.training.tensorboard import add_text
 
 RESULTS = "results.json"
@@ -36,11 +37,6 @@ def quiet_third_parties() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("pytorch_lightning", "lightning_fabric", "torch", "diffusers", "open_clip", "timm", "torchmetrics"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
-
-
-def first_process() -> bool:
-    """Of all ranks, before they are connected: SLURM numbers its tasks; Lightning and torchrun number the processes they start."""
-    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
 
 
 @contextmanager

@@ -17,6 +17,11 @@ from types import FrameType
 from typing import Any
 
 
+def first_process() -> bool:
+    """Of all ranks, before they are connected: SLURM numbers its tasks; Lightning and torchrun number the processes they start."""
+    return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
+
+
 @dataclass(frozen=True)
 class Allocation:
     """What SLURM gave to the job: as many tasks on each of its nodes."""

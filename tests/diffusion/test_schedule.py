@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from diffusers.schedulers import DDPMScheduler
@@ -36,7 +38,10 @@ def test_precision_follows_the_wider_type() -> None:
     torch.testing.assert_close(variance, schedule.alphas_cumprod()[timestep], rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("arguments", [{"num_timesteps": 0}, {"beta_start": 0.0}, {"beta_start": 0.5, "beta_end": 0.1}, {"beta_end": 1.0}])
-def test_refusals(arguments: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"num_timesteps|beta_start"):
-        NoiseSchedule(**arguments)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "arguments",
+    [{"num_timesteps": 0}, {"beta_start": 0.0}, {"beta_start": 0.5, "beta_end": 0.1}, {"beta_end": 1.0}, {"prediction": "clip"}],
+)
+def test_refusals(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"num_timesteps|beta_start|noise or velocity"):
+        NoiseSchedule(**arguments)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -26,79 +25,32 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 
-from trainings import SMALL
+from trainings import Life
 
 RANKS = 2
 STEPS_PER_LIFE = 4  # more than a life lasts on average, so that the run is not done before the last kill
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1)
 MOMENTS = ("while saving", "after a checkpoint", "anywhere", "after a checkpoint")  # 3 and 4: every pair occurs
-PRELOAD = ["t2v.train", "t2v.training.module", "t2v.training.run", "t2v.training.datamodules", "t2v.data.shapes", "t2v.data.webvid"]
-PRELOAD += ["t2v.models.unet", "diffusers.models.autoencoders.autoencoder_kl", "open_clip.transformer", "torch.utils.tensorboard"]
 
 
-def train(overrides: list[str], rank: int, port: int, log: str) -> None:
-    """One rank of `python -m t2v.train ...`, in a process that has done its imports already."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    place = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()}
-    sys.argv = ["train.py", *overrides]
-    from t2v.train import main
-
-    main()
-
-
-class Run:
-    """One run, in as many lives as it takes."""
+class Run(Life):
+    """Two ranks of it."""
 
     def __init__(self, folder: Path, data: Path, steps: int) -> None:
-        self.folder = folder / "shapes/runs/chaos"
-        self.log = folder.with_suffix(".log")
-        self.steps = steps
-        self.overrides = [
-            *SMALL,
-            f"paths.data={data}",
-            f"paths.experiments={folder}",
-            "run=chaos",
-            "data.video.num_frames=2",
-            "strategy=ddp",
-            f"trainer.devices={RANKS}",
-            f"trainer.max_steps={steps}",
-            f"lr_schedule.total_steps={steps}",
-            "callbacks.checkpoints={every_n_steps: 2, keep: 2}",
-            "callbacks.score=null",
-            "callbacks.samples=null",
-            "metric=null",
-            "loader.num_workers=0",
-        ]
+        ranks = ("strategy=ddp", f"trainer.devices={RANKS}", f"lr_schedule.total_steps={steps}", "loader.num_workers=0")
+        super().__init__(folder, data, steps, *ranks)
 
     def start(self) -> list[BaseProcess]:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        ranks: list[BaseProcess] = [
-            context.Process(target=train, args=(self.overrides, rank, port, str(self.log))) for rank in range(RANKS)
-        ]
-        for process in ranks:
-            process.start()
-        return ranks
+        meeting = {"NODE_RANK": 0, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return [self.process(LOCAL_RANK=rank, **meeting) for rank in range(RANKS)]
 
     def finish(self) -> None:
         ranks = self.start()
         wait(600, lambda: not any(process.is_alive() for process in ranks))
         assert [process.exitcode for process in ranks] == [0] * RANKS, self.said()
-
-    def said(self) -> str:
-        return self.log.read_text(errors="replace")[-4000:] if self.log.exists() else ""
-
-    def checkpoints(self) -> set[str]:
-        return {path.parent.name for path in self.folder.glob("checkpoints/step-*/complete")}
-
-    def saving(self) -> bool:
-        return any(not (path / "complete").exists() for path in self.folder.glob("checkpoints/*"))
 
     def live_until(self, number: signal.Signals, moment: str, rng: random.Random) -> None:
         """Start, send the signal to one rank at the moment, and see both ranks end."""

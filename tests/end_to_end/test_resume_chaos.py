@@ -4,11 +4,9 @@ every bit of the weights in the end."""
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -17,74 +15,32 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainings import SMALL
+from trainings import Life
 
 STEPS_PER_LIFE = 4  # the most that a life below saves
-PRELOAD = ["t2v.train", "t2v.training.module", "t2v.training.run", "t2v.training.datamodules", "t2v.data.shapes", "t2v.data.webvid"]
-PRELOAD += ["t2v.models.unet", "diffusers.models.autoencoders.autoencoder_kl", "open_clip.transformer", "torch.utils.tensorboard"]
 MOMENTS = ("after a checkpoint", "while saving", "anywhere")
 
 
-def train(overrides: list[str], log: str) -> None:
-    """`python -m t2v.train ...` in a process that has done its imports already."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.argv = ["train.py", *overrides]
-    from t2v.train import main
-
-    main()
-
-
-class Run:
-    """One run of a small training, in as many lives as it takes."""
+class Run(Life):
+    """One process with two workers a stream, which writes down what it consumes."""
 
     def __init__(self, folder: Path, data: Path, steps: int) -> None:
-        self.folder = folder / "shapes/runs/chaos"
-        self.log = folder.with_suffix(".log")
-        self.steps = steps
-        self.overrides = [
-            *SMALL,
-            f"paths.data={data}",
-            f"paths.experiments={folder}",
-            "run=chaos",
-            "data.video.num_frames=2",
-            "batch={image: 3, video: 2}",
-            "micro_batch={image: 2, video: 1}",
-            "debug=consumed",
-            f"trainer.max_steps={steps}",
-            "callbacks.checkpoints={every_n_steps: 2, keep: 2}",
-            "callbacks.score=null",
-            "callbacks.samples=null",
-            "metric=null",
-            "loader={num_workers: 2, start_method: fork}",  # the process itself comes from a fork server
-        ]
-
-    def start(self) -> BaseProcess:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
-        process = context.Process(target=train, args=(self.overrides, str(self.log)))
-        process.start()
-        return process
+        sizes = ("batch={image: 3, video: 2}", "micro_batch={image: 2, video: 1}")
+        workers = "loader={num_workers: 2, start_method: fork}"  # the process itself comes from a fork server
+        super().__init__(folder, data, steps, *sizes, workers, "debug=consumed")
 
     def finish(self) -> list[str]:
         """The consumed samples of all steps, one line per micro-batch and stream."""
-        process = self.start()
+        process = self.process()
         process.join(240)
         assert process.exitcode == 0, self.log.read_text()
         return (self.folder / "consumed_rank0.jsonl").read_text().splitlines()
 
-    def checkpoints(self) -> set[str]:
-        return {path.parent.name for path in self.folder.glob("checkpoints/step-*/complete")}
-
     def lines(self) -> int:
         return (self.folder / "consumed_rank0.jsonl").read_text().count("\n")
 
-    def saving(self) -> bool:
-        return any(not (path / "complete").exists() for path in self.folder.glob("checkpoints/*"))
-
     def live_until_killed(self, moment: str, rng: random.Random) -> None:
-        process, before = self.start(), self.checkpoints()
+        process, before = self.process(), self.checkpoints()
         if moment == "anywhere":
             self._wait(process, rng.uniform(0, 3), lambda: bool(self.checkpoints() - before))
         else:

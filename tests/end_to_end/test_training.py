@@ -119,6 +119,17 @@ def test_ctrl_c_saves_and_a_second_writer_is_refused(trainings: Trainings) -> No
     assert trainings.checkpoint("stopped", step).exists()
 
 
+def test_sigterm_to_the_whole_group_saves_and_continues(trainings: Trainings) -> None:
+    """Data workers hear it too, but go on until the trainer has what it needs to save."""
+    same = ("run=stopped", "trainer.max_steps=400", "loader.num_workers=2", "callbacks.checkpoints.every_n_steps=2")
+    code, output = trainings.stop_when((trainings.checkpoint("stopped", 2) / MARKER).exists, signal.SIGTERM, *same)
+    assert code == 128 + signal.SIGTERM, output
+    assert "stopped by SIGTERM after step" in output
+    assert "Traceback" not in output
+    saved = max(path.parent.name for path in trainings.checkpoint("stopped", 0).parent.glob(f"step-*/{MARKER}"))
+    assert f"stopped by SIGTERM after step {int(saved.removeprefix('step-'))};" in output
+
+
 def test_not_a_number_names_step_samples_and_layer(trainings: Trainings) -> None:
     code, output = trainings.run(
         "run=nan", "trainer.max_steps=8", "optimizer.lr=1e30", "loader.num_workers=0", "lr_schedule.warmup_steps=0"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 SMALL = (
@@ -42,7 +44,15 @@ class Trainings:
     def start(self, *overrides: str, base: tuple[str, ...] = SMALL) -> subprocess.Popen[str]:
         environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"} | {"OMP_NUM_THREADS": "1"}
         command = self.command(*overrides, base=base)
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.folder, env=environment)
+        return subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.folder,
+            env=environment,
+            start_new_session=True,  # a group of its own, for stop_when
+        )
 
     def run(self, *overrides: str, base: tuple[str, ...] = SMALL) -> tuple[int, str]:
         process = self.start(*overrides, base=base)
@@ -50,14 +60,64 @@ class Trainings:
         return process.returncode, output
 
     def stop_when(self, condition: Callable[[], bool], number: signal.Signals, *overrides: str) -> tuple[int, str]:
-        """Send a signal as soon as the condition holds."""
+        """Send a signal as soon as the condition holds: SIGKILL to the training alone, others to its workers too, as SLURM does."""
         process = self.start(*overrides)
         while not condition():
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
-        process.send_signal(number)
+        if number == signal.SIGKILL:
+            process.kill()
+        else:
+            os.killpg(process.pid, number)
         output, _ = process.communicate(timeout=240)
         return process.returncode, output
 
     def checkpoint(self, run: str, step: int) -> Path:
         return self.folder / "shapes" / "runs" / run / "checkpoints" / f"step-{step:08}"
+
+
+PRELOAD = ["t2v.train", "t2v.training.module", "t2v.training.run", "t2v.training.datamodules", "t2v.data.shapes", "t2v.data.webvid"]
+PRELOAD += ["t2v.models.unet", "diffusers.models.autoencoders.autoencoder_kl", "open_clip.transformer", "torch.utils.tensorboard"]
+
+
+def train(overrides: list[str], log: str, environment: dict[str, str]) -> None:
+    """`python -m t2v.train ...` in a process that has done its imports already."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ |= environment
+    sys.argv = ["train.py", *overrides]
+    from t2v.train import main
+
+    main()
+
+
+class Life:
+    """One run of a small training, in as many lives as it takes: each is forked from a server that has done the imports."""
+
+    def __init__(self, folder: Path, data: Path, steps: int, *more: str) -> None:
+        self.folder = folder / "shapes/runs/chaos"
+        self.log = folder.with_suffix(".log")
+        self.steps = steps
+        places = (f"paths.data={data}", f"paths.experiments={folder}", "run=chaos", f"trainer.max_steps={steps}")
+        short = ("data.video.num_frames=2", "callbacks.checkpoints={every_n_steps: 2, keep: 2}")
+        bare = ("callbacks.score=null", "callbacks.samples=null", "metric=null")
+        self.overrides = [*SMALL, *places, *short, *bare, *more]
+
+    def process(self, **environment: object) -> BaseProcess:
+        """Started; `environment` is added to this one's."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        added = {name: str(value) for name, value in environment.items()}
+        process: BaseProcess = context.Process(target=train, args=(self.overrides, str(self.log), added))
+        process.start()
+        return process
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:] if self.log.exists() else ""
+
+    def checkpoints(self) -> set[str]:
+        return {path.parent.name for path in self.folder.glob("checkpoints/step-*/complete")}
+
+    def saving(self) -> bool:
+        return any(not (path / "complete").exists() for path in self.folder.glob("checkpoints/*"))

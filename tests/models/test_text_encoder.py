@@ -101,3 +101,9 @@ def test_bad_sizes_are_refused() -> None:
         TextEncoder.random(width=30, heads=4)
     with pytest.raises(ValueError, match="2"):
         TextEncoder.random(layers=1)
+
+
+def test_the_final_gain_is_how_loud_text_is() -> None:
+    quiet, loud = (TextEncoder.random(width=32, final_gain=gain) for gain in (1.0, 4.0))
+    torch.testing.assert_close(loud.encode(["a red circle"]), 4 * quiet.encode(["a red circle"]))
+    assert loud.sha256() != quiet.sha256()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
@@ -50,6 +52,20 @@ def test_shards_readers_ranks(tmp_path: Path) -> None:
     (missing,) = found(64, 64, 8, 4, there=False)
     assert missing.error
     assert "64 of 64 shards are not there, 0.tar the first" in missing.problem
+
+
+def test_the_planned_machines_precision_stays_in_its_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planned = composed("experiment=shapes_autoencoder", "hardware=h200", f"paths.experiments={tmp_path}", f"paths.data={tmp_path}")
+    with contextlib.suppress(ValueError):  # shards that are not there
+        plan(planned)
+    assert planned.trainer.precision == planned.hardware.precision == "bf16-mixed"
+    here = "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        assert compose("train", overrides=["experiment=shapes_autoencoder"]).trainer.precision == here
+    typed = composed("experiment=shapes_autoencoder", "hardware=h200", "trainer.precision=32-true", f"paths.experiments={tmp_path}")
+    with contextlib.suppress(ValueError):
+        plan(typed)
+    assert typed.trainer.precision == "32-true"
 
 
 def test_mixture_rank_wants_eights() -> None:

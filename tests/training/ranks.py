@@ -49,7 +49,7 @@ def on_ranks(function: Callable[..., Any], world: int, folder: Path, *arguments:
     assert not hung, f"{hung} did not end; {failures}"
     assert not failures, "\n".join(failures)
     assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 def _rank(function: Callable[..., Any], rank: int, world: int, port: int, folder: Path, arguments: tuple[Any, ...]) -> None:
