@@ -1,5 +1,8 @@
 """Measure: speed, memory, and whether numbers are right.
 
+    python -m t2v.benchmark what=train versus=diffusers      optimizer steps of the full-size network (a small one without a GPU)
+    python -m t2v.benchmark what=image versus=diffusers      the same on images
+    python -m t2v.benchmark what=sample|encode               prompts to videos; frames to latents and back
     python -m t2v.benchmark what=parity                      is the network diffusers' network, are the attention backends exact
     python -m t2v.benchmark what=unet +options.threads=2     forward and backward against diffusers' class
     python -m t2v.benchmark what=decode                      how fast clips are read
@@ -11,7 +14,9 @@ Each `what` is a function of t2v/benchmarks that returns rows; its arguments are
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -24,6 +29,8 @@ from omegaconf import DictConfig, OmegaConf
 from t2v.configuration import entry
 
 WHAT = {
+    "train": "train:train",
+    "image": "train:image",
     "parity": "parity:parity",
     "unet": "unet:unet",
     "decode": "decode:decode",
@@ -41,18 +48,33 @@ def benchmark(cfg: DictConfig) -> None:
     module, name = WHAT[cfg.what].split(":")
     function = getattr(importlib.import_module(f"t2v.benchmarks.{module}"), name)
     options: Any = OmegaConf.to_container(cfg.options, resolve=True)
-    unknown = sorted(options.keys() - inspect.signature(function).parameters.keys())
+    if cfg.versus is not None:
+        options["versus"] = cfg.versus
+    signature = inspect.signature(function)
+    unknown = sorted(options.keys() - signature.parameters.keys())
     if unknown:
-        raise ValueError(f"what={cfg.what} has no option {unknown[0]}; it has {', '.join(inspect.signature(function).parameters)}")
+        raise ValueError(f"what={cfg.what} has no option {unknown[0]}; it has {', '.join(signature.parameters)}")
+    here = machine()
+    print("  ".join(f"{name} {version}" for name, version in here.items()), flush=True)
     rows = function(**options)
-    for row in rows:
-        print("  ".join(f"{key} {shown(value)}" for key, value in row.items()))
+    print(table(rows))
     if cfg.output is not None:
         path = Path(cfg.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"what": cfg.what, "options": options, "machine": machine(), "rows": rows}, indent=1) + "\n")
+        given = {name: parameter.default for name, parameter in signature.parameters.items()} | options
+        path.write_text(json.dumps({"what": cfg.what, "options": given, "machine": here, "rows": rows}, indent=1) + "\n")
     if not all(row.get("fine", True) for row in rows):
         raise ValueError("a bound is not kept: see the rows with fine False")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Columns under their names; a new head wherever a row has other columns than the one before."""
+    lines: list[str] = []
+    for names, group in itertools.groupby(rows, key=tuple):
+        cells = [names, *([shown(value) for value in row.values()] for row in group)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join(lines)
 
 
 def shown(value: Any) -> str:
@@ -60,10 +82,24 @@ def shown(value: Any) -> str:
 
 
 def machine() -> dict[str, str]:
+    """Hardware and versions."""
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"torch": torch.__version__, "python": platform.python_version(), "gpu": gpu, "threads": str(torch.get_num_threads())}
+    gpu = torch.cuda.is_available()
+    found = {
+        "gpu": torch.cuda.get_device_name() if gpu else "none",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }
+    if gpu:
+        found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    for package in ("diffusers", "triton"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 main = entry("benchmark")(benchmark)

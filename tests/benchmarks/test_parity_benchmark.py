@@ -57,7 +57,7 @@ def test_the_entry_point_prints_and_writes(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(benchmark.WHAT, "small", "parity:small")
     monkeypatch.setattr(module, "small", lambda size=1: [{"what": "x", "error": 0.5, "bound": 1.0, "fine": size < 3}], raising=False)
     for arguments, words, code in (
-        (["what=small", "+options.size=2", f"output={tmp_path / 'rows.json'}"], "error 0.5", None),
+        (["what=small", "+options.size=2", f"output={tmp_path / 'rows.json'}"], "0.5    1      True", None),
         (["what=small", "+options.size=3"], "bound is not kept", 1),
         (["what=nothing"], "what=nothing", 1),
         (["what=small", "+options.sizes=3"], "no option sizes", 1),
