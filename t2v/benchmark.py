@@ -31,6 +31,8 @@ from t2v.configuration import entry
 WHAT = {
     "train": "train:train",
     "image": "train:image",
+    "sample": "sample:sample",
+    "encode": "encode:encode",
     "parity": "parity:parity",
     "unet": "unet:unet",
     "decode": "decode:decode",

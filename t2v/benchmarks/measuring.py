@@ -94,8 +94,9 @@ def attempt(known: Row, measure: Callable[[], Row], may_fail: bool = False) -> R
 
 
 def free() -> None:
-    gc.collect()
+    """GPU memory that nothing holds, or only cycles; the count of the peak begins anew."""
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

@@ -66,13 +66,17 @@ def random_peer(config: Mapping[str, Any], device: torch.device, dtype: torch.dt
         return randomised(peer_class(**config), device, dtype)
 
 
+def kl_config(config: Mapping[str, Any] | None, device: torch.device) -> dict[str, Any]:
+    """Of the autoencoder; where none is given, Stable Diffusion's on a GPU and a small one of its kind on a CPU."""
+    return SD_CONFIG | dict(config if config is not None else {} if device.type == "cuda" else SMALL_AUTOENCODER)
+
+
 def random_kl(config: Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype) -> Any:
-    """diffusers' AutoencoderKL, Stable Diffusion's where `config` says nothing else."""
+    """diffusers' AutoencoderKL."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    small = SMALL_AUTOENCODER if config is None and device.type != "cuda" else {}
     with device:
-        return randomised(AutoencoderKL.from_config({**SD_CONFIG, **small, **(config or {})}).eval(), device, dtype)
+        return randomised(AutoencoderKL.from_config(kl_config(config, device)).eval(), device, dtype)
 
 
 def random_autoencoder(config: Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype, **options: Any) -> Autoencoder:

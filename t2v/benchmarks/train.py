@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from t2v.batch import ClipBatch
-from t2v.benchmarks.measuring import Row, attempt, ceilings, default_device, peak_memory, speed, tflop, timed, unet_tflop, write_profile
+from t2v.benchmarks.encode import coding_tflop
+from t2v.benchmarks.measuring import Row, attempt, ceilings, default_device, peak_memory, speed, timed, unet_tflop, write_profile
 from t2v.benchmarks.random_parts import backend_for, config_for, random_autoencoder, random_peer, random_text_encoder, random_unet
 from t2v.diffusion.objective import DenoisingLoss
 from t2v.diffusion.sampling import Sampler
@@ -60,7 +61,7 @@ def train(
     config = config_for(place, config)
     best = ceilings(place)
     rows: list[Row] = [{"what": "ceiling", **best}] if best else []
-    work = 3 * unet_tflop(config, frames, size) + (encoding_tflop(frames, size) if fed == "pixels" and place.type == "cuda" else 0)
+    work = 3 * unet_tflop(config, frames, size) + (coding_tflop(None, place, frames, size)[0] if fed == "pixels" else 0)
     step_of = {"t2v": partial(our_step, fed, gradient_checkpointing, attention_backend, channels_last, compile)}
     if versus:
         step_of["diffusers"] = partial(peers_step, compile_peer)
@@ -158,13 +159,6 @@ def clips_for(fed: str, width: int, device: torch.device, batch: int, frames: in
     moments = torch.randn(batch, frames, size, size, 8, device=device)
     text = torch.randn(batch, TOKENS, width, device=device)
     return ClipBatch(moments, names, **rest, text=text, empty_text=torch.randn(TOKENS, width, device=device))
-
-
-def encoding_tflop(frames: int, size: int) -> float:
-    """Of Stable Diffusion's encoder for one clip; the text encoder's work is small beside it."""
-    autoencoder = Autoencoder(empty_autoencoder(SD_CONFIG))
-    pixels = torch.empty(1, frames, 8 * size, 8 * size, 3, dtype=torch.uint8, device="meta")
-    return tflop(lambda: autoencoder.moments(pixels))
 
 
 # The peer -----------------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,128 @@
+"""what=encode: frames to moments and latents to frames by Autoencoder itself, Stable Diffusion's shape, against diffusers' AutoencoderKL.
+
+Both take uint8 frames on the device and give float32 moments, or take latents and give uint8 frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2v.benchmarks.measuring import Row, attempt, ceilings, default_device, peak_memory, speed, tflop, timed, write_profile
+from t2v.benchmarks.random_parts import kl_config, random_autoencoder, random_kl
+from t2v.models.autoencoder import Autoencoder, empty_autoencoder
+from t2v.pipeline import default_dtype
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def encode(
+    config: Mapping[str, Any] | None = None,
+    batches: Sequence[int] = (4,),
+    frames: int = 16,
+    size: int = 32,
+    directions: Sequence[str] = ("encode", "decode"),
+    options: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    versus: str | None = None,
+    compile_peer: bool = False,
+    rounds: int = 20,
+    seconds: float = 10,
+    profile: str | None = None,
+    device: str | None = None,
+) -> list[Row]:
+    """A row for each direction, number of clips and network. `size` of the latents; `options` are Autoencoder's own.
+
+    `profile`: a file for the kernels of our last call.
+    """
+    if versus not in (None, "diffusers"):
+        raise ValueError(f"versus={versus} is unknown; the peer is diffusers")
+    if compile_peer and versus is None:
+        raise ValueError("compile_peer=true has no peer to compile: add versus=diffusers")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} is unknown; there are {', '.join(DTYPES)}")
+    place = torch.device(device) if device else default_device()
+    torch.backends.cudnn.benchmark = True
+    kind = default_dtype(place) if dtype is None else DTYPES[dtype]
+    best = ceilings(place)
+    rows: list[Row] = [{"what": "ceiling", **best}] if best else []
+    work = dict(zip(("encode", "decode"), coding_tflop(config, place, frames, size), strict=True))
+    networks: dict[str, Callable[[], Any]] = {"t2v": partial(our_coder, config, place, kind, options or {})}
+    if versus:
+        networks["diffusers"] = partial(peers_coder, config, place, kind, compile_peer)
+    for direction in directions:
+        for batch in batches:
+            for name, make in networks.items():
+                last = name == "t2v" and direction == directions[-1] and batch == batches[-1]
+                file = Path(profile) if profile and last else None
+
+                def measure(
+                    make: Callable[[], Any] = make, batch: int = batch, direction: str = direction, file: Path | None = file
+                ) -> Row:
+                    coder = make()
+                    pixels, latents = inputs(coder.factor, place, batch, frames, size)
+                    call = partial(coder.moments, pixels) if direction == "encode" else partial(coder.decode, latents)
+                    timing = timed(call, place, rounds=rounds, seconds=seconds)
+                    if file is not None:
+                        write_profile(call, place, file)
+                    return {**speed(timing, batch, work[direction], best), **peak_memory(place)}
+
+                known = {"network": name, "compiled": name != "t2v" and compile_peer, "direction": direction, "clips": batch}
+                rows.append(attempt(known, measure, may_fail=name != "t2v"))
+    return rows
+
+
+def inputs(factor: int, device: torch.device, batch: int, frames: int, size: int) -> tuple[Tensor, Tensor]:
+    """uint8 frames (b f h w c) and latents (b c f h w)."""
+    side = factor * size
+    pixels = torch.randint(0, 256, (batch, frames, side, side, 3), dtype=torch.uint8, device=device)
+    return pixels, torch.randn(batch, 4, frames, size, size, device=device)
+
+
+def our_coder(config: Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype, options: Mapping[str, Any]) -> Autoencoder:
+    return random_autoencoder(config, device, dtype, **options)
+
+
+class Peer:
+    """AutoencoderKL as its users call it, 64 frames at a time."""
+
+    def __init__(self, kl: Any, frames_per_pass: int = 64) -> None:
+        self.kl, self.frames_per_pass = kl, frames_per_pass
+        self.factor = 2 ** (len(kl.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def moments(self, frames: Tensor) -> Tensor:
+        parts = []
+        for part in frames.flatten(0, 1).split(self.frames_per_pass):
+            x = (part.to(self.kl.dtype) / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+            parts.append(self.kl.encode(x).latent_dist.parameters.float())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        parts = []
+        for part in latents.transpose(1, 2).flatten(0, 1).split(self.frames_per_pass):
+            x = self.kl.decode(part.to(self.kl.dtype) / self.kl.config.scaling_factor).sample
+            parts.append((x.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8))
+        return torch.cat(parts)
+
+
+def peers_coder(config: Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype, compiled: bool) -> Peer:
+    kl = random_kl(config, device, dtype).requires_grad_(False)
+    if compiled:
+        kl.encoder.compile()
+        kl.decoder.compile()
+    return Peer(kl)
+
+
+def coding_tflop(config: Mapping[str, Any] | None, device: torch.device, frames: int, size: int) -> tuple[float, float]:
+    """TFLOP of encoding and of decoding one clip; the network is the one that `random_kl` would build there."""
+    on_meta = Autoencoder(empty_autoencoder(kl_config(config, device)))
+    pixels = torch.empty(1, frames, on_meta.factor * size, on_meta.factor * size, 3, dtype=torch.uint8, device="meta")
+    latents = torch.empty(1, on_meta.channels, frames, size, size, device="meta")
+    return tflop(lambda: on_meta.moments(pixels)), tflop(lambda: on_meta.decode(latents))
