@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from t2v.configuration import entry
 
 if TYPE_CHECKING:
-    from pytorch_lightning import LightningDataModule
+    from pytorch_lightning import LightningDataModule, LightningModule
 
 os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # hydra/launcher=slurm: the signal that callbacks.checkpoints answers
 
@@ -58,7 +58,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
         seed_everything(cfg.seed, verbose=False)
         torch.set_float32_matmul_precision("high")
         return running.train(
-            module=instantiate(cfg.module),
+            module=module(cfg),
             data=lambda: datamodule(cfg),
             trainer=instantiate(
                 cfg.trainer, strategy=cfg.strategy if isinstance(cfg.strategy, str) else instantiate(cfg.strategy), _partial_=True
@@ -71,6 +71,18 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
                 instantiate(node, save_dir=str(folder), purge_step=step) for node in cfg.logger.values() if node is not None
             ],
         )
+
+
+def module(cfg: DictConfig) -> LightningModule:
+    """A network that no file fills comes without memory: it gets that from the strategy, on its device, this rank's share of it."""
+    if cfg.get("unet") is None or cfg.init is not None:
+        made: LightningModule = instantiate(cfg.module)
+        return made
+    import torch
+
+    with torch.device("meta"):
+        unet = instantiate(cfg.unet)
+    return instantiate(cfg.module, unet=unet)  # type: ignore[no-any-return]
 
 
 def datamodule(cfg: DictConfig) -> LightningDataModule:

@@ -84,15 +84,17 @@ class TextToVideoModule(LightningModule):
         self.trainer.datamodule.check(self.frozen)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
-        """Where the strategy divides networks between ranks, the average is divided like the network. Both may come without memory."""
-        if isinstance(self.trainer.strategy, FullyShardedStrategy):
-            on_meta = next(self.unet.parameters()).is_meta
+        """Networks that came without memory get it on their device. Where the strategy divides them between ranks, the average is divided
+        like the network."""
+        strategy = self.trainer.strategy
+        on_meta = next(self.unet.parameters()).is_meta
+        if isinstance(strategy, FullyShardedStrategy):
             for network in (self.unet, self.ema_unet):
-                self.trainer.strategy.shard(network)
-            if on_meta:
-                materialise(self.unet, self.trainer.strategy.root_device)
-                self.ema_unet.to_empty(device=self.trainer.strategy.root_device)
-                self.ema.start(self.ema_unet, self.unet)
+                strategy.shard(network)
+        if on_meta:
+            materialise(self.unet, strategy.root_device, self.seed)
+            self.ema_unet.to_empty(device=strategy.root_device)
+            self.ema.start(self.ema_unet, self.unet)
 
     def configure_optimizers(self) -> Any:
         temporal = {name: any(part in name for part in TEMPORAL_MODULES) for name, _ in self.unet.named_parameters()}

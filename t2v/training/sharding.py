@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,12 +29,37 @@ def shard(network: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) ->
     fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
-def materialise(network: nn.Module, device: torch.device) -> None:
-    """Give memory and initial weights to a network that was built on the meta device and then sharded."""
+@torch.no_grad()
+def materialise(network: nn.Module, device: torch.device, seed: int) -> None:
+    """Give memory on `device` and initial weights to a network that was built on the meta device, divided between ranks or not.
+
+    Layer by layer in the order of construction, whole, on the CPU: the weights of a seed are those of a network that was built on the CPU
+    after `torch.manual_seed(seed)`, bit for bit, on any device and any number of ranks; of the host's memory they take one layer's.
+    """
     network.to_empty(device=device)
-    for module in network.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()  # type: ignore[operator]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, module in network.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            assert not list(module.buffers(recurse=False)), f"{name} has buffers, which nothing fills"
+            if not own:
+                continue
+            drawn = copy.copy(module)
+            whole = {  # type and device are named, for Lightning sets other defaults around this
+                key: nn.Parameter(torch.empty(value.shape, dtype=torch.float32, device="cpu")) for key, value in own.items()
+            }
+            drawn._parameters = {**module._parameters, **whole}
+            drawn.reset_parameters()  # type: ignore[operator]
+            for key, value in own.items():
+                copy_rows(value, whole[key])
+
+
+def copy_rows(own: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into this one, which may be this rank's rows of it."""
+    if isinstance(own, DTensor):
+        own.to_local().copy_(whole[rows_of(own)])
+    else:
+        own.copy_(whole)
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -72,10 +98,7 @@ def load_rows(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, value in own.items():
         if value.shape != state[name].shape:
             raise RuntimeError(f"{name} is {tuple(state[name].shape)} in the checkpoint and {tuple(value.shape)} in the network")
-        if isinstance(value, DTensor):
-            value.to_local().copy_(state[name][rows_of(value)])
-        else:
-            value.copy_(state[name])
+        copy_rows(value, state[name])
 
 
 def like(whole: Tensor, parameter: Tensor) -> Tensor:

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from t2v import checkpoint
 from t2v.checkpoint import CheckpointError, Piece, reserve, write_pieces
+from t2v.models.unet import VideoUNet
 from t2v.pipeline import TextToVideoPipeline
 from t2v.training.callbacks.samples import SampleVideos
 from t2v.training.checkpoints import Checkpoints
 from t2v.training.mixture import JointMixture
 from t2v.training.run import farewell
+from t2v.training.sharding import is_sharded, local, materialise
 from t2v.training.strategies import FullyShardedStrategy
 
 BATCH = {"image": 3, "video": 3}
@@ -125,32 +127,69 @@ def test_a_refused_save_at_a_signal_promises_nothing(tmp_path: Path) -> None:
     assert "from there" not in result["farewell"]
 
 
-@pytest.mark.slow
-def test_zero_outputs_survive_the_meta_device(tmp_path: Path) -> None:
-    for zeros, equal, sharded in on_ranks(built_on_meta, 2, tmp_path, tmp_path):
-        assert (zeros, equal, sharded) == (39, True, True)
-
-
-def built_on_meta(folder: Path) -> tuple[int, bool, bool]:
-    """A network of the paper's structure (39 zero outputs) and little width, given to FSDP without memory."""
-    from t2v.models.unet import VideoUNet
-
+def test_a_network_without_memory_gets_the_weights_of_its_seed() -> None:
+    torch.manual_seed(5)
+    expected = paper_structure()
     with torch.device("meta"):
-        unet = VideoUNet(block_out_channels=[32, 32, 32, 32], norm_num_groups=8, attention_head_dim=8, cross_attention_dim=32)
-    module = small_module(unet=unet)
-    data = MadeUpData(BATCH, {"image": 2, "video": 2}, JointMixture())
+        network = paper_structure()
+    state = torch.get_rng_state()
+    materialise(network, torch.device("cpu"), seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(one, other) for one, other in zip(network.parameters(), expected.parameters(), strict=True))
+    assert sum(1 for name, weight in network.named_parameters() if name.endswith("weight") and not weight.any()) == 39
+
+
+def paper_structure() -> VideoUNet:
+    """The paper's structure and little width."""
+    return VideoUNet(block_out_channels=[32, 32, 32, 32], norm_num_groups=8, attention_head_dim=8, cross_attention_dim=32)
+
+
+def one_level() -> VideoUNet:
+    kinds = {"down_block_types": ["CrossAttnDownBlock3D"], "up_block_types": ["CrossAttnUpBlock3D"]}
+    return VideoUNet(block_out_channels=[16], norm_num_groups=8, attention_head_dim=8, cross_attention_dim=32, **kinds)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "world", "network", "zeros"),
+    [
+        ("single", 1, one_level, 14),
+        ("ddp", 2, one_level, 14),
+        pytest.param("fsdp", 2, paper_structure, 39, marks=pytest.mark.slow),
+        pytest.param("fsdp", 3, one_level, 14, marks=pytest.mark.slow),
+    ],
+)
+def test_any_number_of_ranks_starts_from_the_weights_of_the_seed(
+    strategy: str, world: int, network: Any, zeros: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    expected = network().double().state_dict()
+    arguments = tmp_path, strategy, world, network
+    ranks = on_ranks(built_on_meta, world, tmp_path, *arguments) if world > 1 else [built_on_meta(*arguments)]
+    for weights, averages_equal, sharded in ranks:
+        assert sum(1 for name, weight in weights.items() if name.endswith("weight") and not weight.any()) == zeros
+        assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
+        assert (averages_equal, sharded) == (True, strategy == "fsdp")
+
+
+def built_on_meta(folder: Path, strategy: str, world: int, network: Any) -> tuple[dict[str, Tensor], bool, bool]:
+    with torch.device("meta"):
+        unet = network().double()
     look = Look()
-    fit(module, data, folder, strategy=FullyShardedStrategy(), world=2, steps=1, callbacks=[look])
-    return look.zeros, look.equal, look.sharded
+    data = MadeUpData(BATCH, {"image": 2, "video": 2}, JointMixture())
+    fit(small_module(unet=unet, seed=5), data, folder, strategy=STRATEGIES[strategy](), world=world, steps=1, callbacks=[look])
+    return look.weights, look.averages_equal, look.sharded
 
 
 class Look(Callback):
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        parameters = dict(module.unet.named_parameters())
-        self.sharded = all(p.to_local().numel() < p.numel() for p in parameters.values() if p.shape[0] > 1)
-        whole = {name: p.full_tensor() for name, p in parameters.items()}
-        self.zeros = sum(1 for name, p in whole.items() if name.endswith("weight") and not p.any())
-        self.equal = all(torch.equal(p.full_tensor(), whole[name]) for name, p in module.ema_unet.named_parameters())
+        parameters, averages = (dict(network.named_parameters()) for network in (module.unet, module.ema_unet))
+        self.sharded = all(local([p])[0].numel() < p.numel() for p in parameters.values() if p.shape[0] > 1)
+        self.weights = {name: whole(p) for name, p in parameters.items()}
+        self.averages_equal = all(torch.equal(whole(p), self.weights[name]) for name, p in averages.items())
+
+
+def whole(parameter: Tensor) -> Tensor:
+    return (parameter.full_tensor() if is_sharded(parameter) else parameter).detach().clone()
 
 
 @pytest.mark.slow
