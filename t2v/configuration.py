@@ -166,6 +166,7 @@ def pipeline_of(cfg: DictConfig, place: str | Path, device: torch.device | str |
         dtype=None if cfg.dtype is None else dtype_of(cfg.dtype),
         autoencoder=cfg.autoencoder,
         text_encoder=cfg.text_encoder,
+        cuda_graph=cfg.cuda_graph,
     )
     sampler = pipeline.sampler
     if cfg.get("sampler") is not None:

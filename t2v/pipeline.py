@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from t2v import checkpoint
 from t2v.diffusion.guidance import ClassifierFreeGuidance
 from t2v.diffusion.randomness import generator_of, normal
+from t2v.diffusion.recording import Recordings
 from t2v.diffusion.sampling import Sampler
 from t2v.diffusion.schedule import NoiseSchedule
 from t2v.models.frozen import Frozen
@@ -26,16 +27,24 @@ class TextToVideoPipeline:
     """A UNet, the frozen parts and a sampler, ready to be called.
 
     `sample` is what is made where a call does not say: frames, height, width, and the fps to write them at. Nothing is moved or copied
-    here: the UNet may be a wrapped or sharded one that is being trained.
+    here: the UNet may be a wrapped or sharded one that is being trained. `cuda_graph`: its calls are recorded on a GPU and replayed; their
+    memory is kept until the pipeline goes.
     """
 
     def __init__(
-        self, unet: nn.Module, frozen: Frozen, sampler: Sampler | None = None, *, sample: Mapping[str, int | float] | None = None
+        self,
+        unet: nn.Module,
+        frozen: Frozen,
+        sampler: Sampler | None = None,
+        *,
+        sample: Mapping[str, int | float] | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         self.unet = unet
         self.frozen = frozen
         self.sampler = sampler or Sampler()
         self.sample = {**RELEASED_SAMPLE, **(sample or {})}
+        self.recordings = Recordings() if cuda_graph else None
 
     @classmethod
     def from_pretrained(
@@ -49,6 +58,7 @@ class TextToVideoPipeline:
         autoencoder: str | None = None,
         text_encoder: str | None = None,
         unet_options: Mapping[str, Any] | None = None,
+        cuda_graph: bool = True,
     ) -> TextToVideoPipeline:
         """From a checkpoint folder, a run (its newest checkpoint), `package:shapes` (comes with t2v), `diffusers:DIR` or `modelscope:DIR`.
 
@@ -60,15 +70,17 @@ class TextToVideoPipeline:
         options: dict[str, Any] = {"device": device, "autoencoder": autoencoder, "text_encoder": text_encoder, "unet_options": unet_options}
         if kind is None:
             unet, frozen, card = checkpoint.read_model(folder, ema, **options)
-            pipeline = cls(unet, frozen, sampler or sampler_of(card), sample=card.sample)
+            pipeline = cls(unet, frozen, sampler or sampler_of(card), sample=card.sample, cuda_graph=cuda_graph)
         else:
             model = checkpoint.read_foreign(kind, folder, **options)
             schedule = NoiseSchedule(**model.schedule)  # type: ignore[arg-type]
-            pipeline = cls(model.unet, model.frozen, sampler or Sampler(schedule=schedule), sample=model.sample)
+            pipeline = cls(model.unet, model.frozen, sampler or Sampler(schedule=schedule), sample=model.sample, cuda_graph=cuda_graph)
         return pipeline.to(device, default_dtype(device) if dtype is None else dtype)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> TextToVideoPipeline:
         """Move the networks. The sampler's own state stays float32."""
+        if self.recordings is not None:
+            self.recordings.clear()
         self.unet.to(device=device, dtype=dtype)
         self.frozen.to(device, dtype)
         return self
@@ -101,6 +113,7 @@ class TextToVideoPipeline:
             raise ValueError(f"batch_size is {batch_size}; it must be 1 or more")
         for message in self.check_prompts(texts):
             warnings.warn(message, stacklevel=2)
+        unet = self.unet if self.recordings is None else self.recordings.of(self.unet)
         parameter = next(self.unet.parameters())
         device, dtype = parameter.device, parameter.dtype
         empty = self.frozen.text_encoder.encode([""]).to(device, dtype)
@@ -110,7 +123,7 @@ class TextToVideoPipeline:
             rows = slice(first, first + batch_size)
             noise = normal([("sample", seed, index) for index in indices[rows]], (self.frozen.autoencoder.channels, f, h, w))
             latents = self.sampler.sample(
-                self.unet,
+                unet,
                 noise.to(device),
                 self.frozen.text_encoder.encode(texts[rows]).to(device, dtype),  # Eq. 3
                 empty,

@@ -1,4 +1,5 @@
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from t2v import checkpoint
 from t2v.diffusion.guidance import ClassifierFreeGuidance
 from t2v.diffusion.randomness import normal
+from t2v.diffusion.recording import CUDAGraphs
 from t2v.diffusion.sampling import Sampler
 from t2v.models.autoencoder import Autoencoder
 from t2v.models.frozen import Frozen
@@ -205,3 +207,23 @@ def test_a_model_of_real_parts_survives_its_checkpoint(tmp_path: Path, unet: Vid
     AutoencoderKL(**levels, norm_num_groups=4).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="the autoencoder built here has sha256"):
         TextToVideoPipeline.from_pretrained(folder, device="cpu", autoencoder=str(tmp_path / "other"))
+
+
+def test_cuda_graph_replays_the_network_until_it_is_moved(unet: VideoUNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2v.diffusion.recording.recordable", lambda network: True)
+    recorded = []
+
+    def record(self: CUDAGraphs, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        recorded.append(call)
+        return call
+
+    monkeypatch.setattr(CUDAGraphs, "__call__", record)
+    videos = {}
+    for cuda_graph in (False, True):
+        pipeline = TextToVideoPipeline(unet, tiny_frozen(), Sampler("ddim", 4), sample=SAMPLE, cuda_graph=cuda_graph)
+        videos[cuda_graph] = pipeline(PROMPTS[:2])
+        pipeline(PROMPTS[:2])
+        assert len(recorded) == cuda_graph
+    assert torch.equal(videos[True], videos[False])
+    pipeline.to("cpu")(PROMPTS[:2])
+    assert len(recorded) == 2

@@ -41,6 +41,7 @@ def sample(
     frames: int = 16,
     size: int = 32,
     attention_backend: str | None = None,
+    cuda_graph: bool = True,
     compile: bool = False,
     versus: str | None = None,
     compile_peer: bool = False,
@@ -64,7 +65,7 @@ def sample(
     a_step = 2 * unet_tflop(config, frames, size)
     decoding = coding_tflop(None, place, frames, size)[1]
     shape = (frames, size)
-    networks: dict[str, Callable[[], Any]] = {"t2v": partial(our_pipeline, config, place, shape, attention_backend, compile)}
+    networks: dict[str, Callable[[], Any]] = {"t2v": partial(our_pipeline, config, place, shape, attention_backend, cuda_graph, compile)}
     if versus:
         networks["diffusers"] = partial(peers_pipeline, config, place, shape, compile_peer)
     limits = {"rounds": rounds, "seconds": seconds}
@@ -94,7 +95,12 @@ def measured(
 
 
 def our_pipeline(
-    config: Mapping[str, Any], device: torch.device, shape: tuple[int, int], attention_backend: str | None, compile: bool
+    config: Mapping[str, Any],
+    device: torch.device,
+    shape: tuple[int, int],
+    attention_backend: str | None,
+    cuda_graph: bool,
+    compile: bool,
 ) -> Callable[[Sampler, int], torch.Tensor]:
     """(sampler, number of prompts) -> uint8 (b f h w c)."""
     dtype = default_dtype(device)
@@ -105,7 +111,8 @@ def our_pipeline(
     frozen = Frozen(random_autoencoder(None, device, dtype), random_text_encoder(unet.config["cross_attention_dim"], device, dtype))
     frames, size = shape
     pixels = size * frozen.autoencoder.factor
-    pipeline = TextToVideoPipeline(unet, frozen, sample={"frames": frames, "height": pixels, "width": pixels, "fps": 8})
+    size_of_all = {"frames": frames, "height": pixels, "width": pixels, "fps": 8}
+    pipeline = TextToVideoPipeline(unet, frozen, sample=size_of_all, cuda_graph=cuda_graph)
 
     def call(sampler: Sampler, batch: int) -> torch.Tensor:
         pipeline.sampler = sampler
