@@ -1,4 +1,4 @@
-"""The table of a sweep: one row per job with its overrides and its metric, by any launcher.
+"""The table of a sweep: one row per job with its overrides and its metrics, by any launcher; means over seeds; curves over training.
 
 Jobs may run in other processes or on other machines, so each leaves a small file in the sweep's folder; the process that started the sweep
 reads them at its end.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,17 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from t2v.plots import Curve, figure, mean, scores_of
+
 FOLDER = "T2V_SWEEP"  # environment variable: SLURM hands it on to the jobs, queued again or not
 
 
 class SweepTable(Callback):
-    """Hydra's callback: hydra.callbacks.sweep_table."""
+    """Hydra's callback: hydra.callbacks.sweep_table. `columns` are metrics beside the sweep's own, such as score/sign; of those that
+    scores.jsonl holds at several steps a figure is drawn."""
+
+    def __init__(self, columns: Sequence[str] = ()) -> None:
+        self.columns = list(columns)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir) / "sweeps" / time.strftime("%Y-%m-%d_%H-%M-%S")
@@ -47,19 +54,77 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(os.environ.pop(FOLDER))
         rows = [json.loads(path.read_text()) for path in sorted(folder.glob("job-*.json"))]
-        if rows:
-            (folder / "table.md").write_text(table(rows) + "\n")
-            print(f"\n{table(rows)}\n\nsweep    {folder / 'table.md'}", flush=True)
+        if not rows:
+            return
+        text = table(rows, self.columns)
+        (folder / "table.md").write_text(text + "\n")
+        print(f"\n{text}\n\nsweep    {folder / 'table.md'}", flush=True)
+        if panels := curves(rows, self.columns):
+            (folder / "curves.svg").write_text(figure(panels), encoding="utf-8")
+            print(f"curves   {folder / 'curves.svg'}", flush=True)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown. Overrides that all jobs share are left out."""
-    sets = [set(row["overrides"].split()) for row in rows]
-    shared = set.intersection(*sets) if len(rows) > 1 else set()
-    lines = [f"| job | overrides | {rows[0]['metric']} | run |", "|---|---|---|---|"]
-    for row in rows:
-        own = " ".join(part for part in row["overrides"].split() if part not in shared)
-        value = row["value"]
-        shown = f"{value:.4g}" if isinstance(value, (int, float)) else (row["result"] or "-")
-        lines.append(f"| {row['job']} | {own} | {shown} | {row['folder']} |")
+def own_overrides(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What tells each job from the others: overrides that all of them share are left out."""
+    every = [row["overrides"].split() for row in rows]
+    shared = set.intersection(*map(set, every)) if len(rows) > 1 else set()
+    return [[part for part in parts if part not in shared] for parts in every]
+
+
+def without_seed(parts: Sequence[str]) -> str:
+    return " ".join(part for part in parts if not part.startswith("seed="))
+
+
+def measured(row: Mapping[str, Any], columns: Sequence[str]) -> list[float | None]:
+    """The sweep's metric, then the columns, of a finished job."""
+    path = Path(row["folder"]) / "results.json"
+    metrics = json.loads(path.read_text())["metrics"] if columns and row["value"] is not None and path.is_file() else {}
+    return [row["value"], *(metrics.get(name) for name in columns)]
+
+
+def shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "-"
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """Markdown: the jobs, then means (lowest to highest) over seeds where jobs differ in nothing else."""
+    columns = [name for name in columns if name != rows[0]["metric"]]
+    names = [rows[0]["metric"], *columns]
+    lines = [f"| job | overrides | {' | '.join(names)} | run |", "|" + "---|" * (len(names) + 3)]
+    groups: dict[str, list[list[float | None]]] = {}
+    for row, own in zip(rows, own_overrides(rows)):
+        values = measured(row, columns)
+        cells = [shown(value) for value in values]
+        cells[0] = row["result"] or cells[0]
+        lines.append(f"| {row['job']} | {' '.join(own)} | {' | '.join(cells)} | {row['folder']} |")
+        groups.setdefault(without_seed(own), []).append(values)
+    if len(groups) < len(rows):
+        lines += ["", f"| overrides | seeds | {' | '.join(names)} |", "|" + "---|" * (len(names) + 2)]
+        for group, jobs in groups.items():
+            cells = [spread([value for value in column if value is not None]) for column in zip(*jobs)]
+            lines.append(f"| {group or 'all'} | {len(jobs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    return f"{sum(values) / len(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def curves(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, dict[str, Curve]]:
+    """Metric -> jobs, those that differ in their seed alone as their mean -> curve. Metrics that were measured once are left out."""
+    panels: dict[str, dict[str, Curve]] = {}
+    for metric in dict.fromkeys([rows[0]["metric"], *columns]):
+        name, _, attribute = metric.rpartition("/")
+        groups: dict[str, list[Curve]] = {}
+        for row, own in zip(rows, own_overrides(rows)):
+            try:
+                curve = scores_of(Path(row["folder"]), name).get(attribute, [])
+            except ValueError:  # a job that failed, or scores of another name only
+                continue
+            if len(curve) > 1:
+                groups.setdefault(without_seed(own) or "all", []).append(curve)
+        if groups:
+            panels[metric] = {label: mean(jobs) for label, jobs in groups.items()}
+    return panels

@@ -109,9 +109,11 @@ def shards(
     height: int = 96,
     fps: int = SOURCE_FPS,
     samples_per_shard: int = 32,
-    processes: int = 2,
+    processes: int | None = None,
 ) -> list[str]:
-    """Paths of the tar shards below `root`, made first if they are not there yet. Safe to call from several processes at once."""
+    """Paths of the tar shards below `root`, made first if they are not there yet, by as many processes as this one may use cores
+    (16 at most) if no number is given. Safe to call from several processes at once."""
+    processes = min(16, len(os.sched_getaffinity(0))) if processes is None else processes
     folder = prepare(root, Settings(media, count, seed, height, fps, samples_per_shard), processes)
     return [str(path) for path in sorted(folder.glob("*.tar"))]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2v.data.checker import NONE, VIDEO_ATTRIBUTES, Seen, check, matches, score, wilson
+from t2v.data.checker import NONE, VIDEO_ATTRIBUTES, Seen, check, look, matches, score, truths, wilson
 from t2v.data.shape_world import ALL_COLOURS, ALL_SHAPES, BACKGROUNDS, Spec, draw, place
 from t2v.data.shapes import held_out_images, held_out_specs, render
 
@@ -158,7 +158,7 @@ def test_score_counts_what_is_wrong_and_states_ceiling_chance_and_interval() -> 
     for name, expected in chance.items():
         assert result[name].chance == pytest.approx(expected, abs=0.08), name
     lines = str(result).splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [*VIDEO_ATTRIBUTES, "axis", "sign", "all"]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [*VIDEO_ATTRIBUTES, "axis", "sign", "steady", "all"]
     assert result.as_dict()["colour"]["accuracy"] == 0.75
 
 
@@ -191,3 +191,22 @@ def test_wilson_against_published_values() -> None:
 def test_seen_knows_its_axis() -> None:
     assert Seen(direction="up").axis == "vertical"
     assert Seen().axis == NONE
+
+
+def test_steady_is_what_moves_straight_in_every_frame() -> None:
+    frames = clip(SPEC)
+    assert check(frames).steady
+    shuffled = frames[np.random.default_rng(0).permutation(16)]  # frames that know nothing of each other's place
+    assert not check(shuffled).steady
+    flickering = frames.copy()
+    flickering[5] = flickering[5, 0, 0]
+    assert not check(flickering).steady
+    assert all(check(clip(spec, fps=3)).steady for spec in held_out_specs(24, seed=9))
+
+
+def test_processes_see_what_one_sees() -> None:
+    specs = held_out_specs(8, seed=3)
+    videos = [clip(spec, frames=4, size=32) for spec in specs]
+    assert look(videos, processes=2) == look(videos)
+    long, usual = truths(specs[:2], 32, 3, 64), truths(specs[:2], 16, 3, 64)
+    assert long == usual  # a real clip has no more frames than 6 s hold

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from t2v.sweeps import table
 from t2v.training import slurm
 from t2v.training.slurm import Allocation
 
@@ -116,16 +115,3 @@ def test_requeue(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         slurm.requeue(signal.SIGUSR1)
     assert len(asked) == 2
-
-
-def test_table_of_a_sweep() -> None:
-    rows = [
-        {"job": 0, "overrides": "experiment=shapes seed=0", "metric": "score/all", "value": 0.25, "result": "", "folder": "a"},
-        {"job": 1, "overrides": "experiment=shapes seed=1", "metric": "score/all", "value": None, "result": "ValueError", "folder": "b"},
-    ]
-    assert table(rows).splitlines() == [
-        "| job | overrides | score/all | run |",
-        "|---|---|---|---|",
-        "| 0 | seed=0 | 0.25 | a |",
-        "| 1 | seed=1 | ValueError | b |",
-    ]

@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, Trainer
 
-from t2v.data.checker import Score, score
+from t2v.data.checker import Score, Seen, compare, look, truths
 from t2v.data.shapes import held_out_specs
 from t2v.diffusion.sampling import Sampler
 from t2v.training.tensorboard import add_text
+
+SCORES = "scores.jsonl"
 
 
 class ShapesScore(Callback):
     """At the end, and every `every_n_steps` optimizer steps if given, score `num_prompts` held-out prompts.
 
     `kind` is the deck of `held_out_specs`: "mixed" holds unseen colour-shape pairs among the seen ones. Ranks generate a part each.
+    `name` stands before each metric, as in score/all; several scores beside each other need names of their own. `processes` check videos at
+    the same time.
     """
-
-    metric = "score/all"
 
     def __init__(
         self,
@@ -33,15 +35,20 @@ class ShapesScore(Callback):
         batch_size: int = 16,
         kind: str = "mixed",
         seed: int = 0,
+        name: str = "score",
+        processes: int = 1,
     ) -> None:
-        self.num_prompts = num_prompts
+        self.specs = held_out_specs(num_prompts, seed, kind)  # type: ignore[arg-type]
         self.every_n_steps = every_n_steps
         self.sampler = sampler
         self.num_frames = num_frames
         self.batch_size = batch_size
         self.kind = kind
         self.seed = seed
+        self.name = name
+        self.processes = processes
         self.scored_step = -1
+        self.truths: list[Seen] | None = None  # what the checker sees in the real clips; the same at every step
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         self.scored_step = trainer.global_step
@@ -56,28 +63,36 @@ class ShapesScore(Callback):
     def evaluate(self, trainer: Trainer, module: Any) -> Score:
         """Generate and score; every rank must call it. The table is logged, written to scores.jsonl and returned."""
         started = time.perf_counter()
-        specs = held_out_specs(self.num_prompts, self.seed, self.kind)  # type: ignore[arg-type]
-        share = -(-len(specs) // trainer.world_size)  # equal on all ranks, as a sharded network runs on all of them: the last ones repeat
-        mine = [min(trainer.global_rank + k * trainer.world_size, len(specs) - 1) for k in range(share)]
-        frames = {} if self.num_frames is None else {"num_frames": self.num_frames}
-        with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
-            videos = module.pipeline(self.sampler)(
-                [specs[i].caption for i in mine], seed=self.seed, indices=mine, batch_size=self.batch_size, **frames
-            )
-        parts: list[Any] = [None] * trainer.world_size
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(parts, videos)
-        else:
-            parts = [videos]
-        in_order = {i: video for rank, part in enumerate(parts) for i, video in zip(range(rank, len(specs), trainer.world_size), part)}
-        result = score([in_order[i] for i in range(len(specs))], specs, module.sample["fps"])
-        metrics = {f"score/{name}": row.accuracy for name, row in result.rows.items()}
+        videos = self.generate(trainer, module)
+        fps = module.sample["fps"]
+        if self.truths is None:
+            self.truths = truths(self.specs, videos[0].shape[0], fps, videos[0].shape[1], self.processes)
+        result = compare(look(videos, fps, self.processes), self.specs, self.truths)
+        metrics = {f"{self.name}/{name}": row.accuracy for name, row in result.rows.items()}
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         if trainer.is_global_zero:
             if trainer.logger is not None:
                 trainer.logger.log_metrics(metrics, trainer.global_step)
-            add_text(trainer, "score", str(result))
-            record = {"step": trainer.global_step, "seconds": time.perf_counter() - started, "kind": self.kind, "score": result.as_dict()}
-            with (Path(trainer.default_root_dir) / "scores.jsonl").open("a") as file:
+            add_text(trainer, self.name, str(result))
+            record: dict[str, Any] = {"name": self.name, "step": trainer.global_step, "seconds": time.perf_counter() - started}
+            record |= {"kind": self.kind, "frames": videos[0].shape[0], "score": result.as_dict()}
+            with (Path(trainer.default_root_dir) / SCORES).open("a") as file:
                 file.write(json.dumps(record) + "\n")
-        return result
+        return Score(result.rows, f"{self.name}: {self.kind} prompts, {videos[0].shape[0]} frames")
+
+    def generate(self, trainer: Trainer, module: Any) -> list[torch.Tensor]:
+        """A video for each spec, uint8 (f h w c), on every rank."""
+        n, world = len(self.specs), trainer.world_size
+        share = -(-n // world)  # equal on all ranks, as a sharded network runs on all of them: the last ones repeat
+        mine = [min(trainer.global_rank + k * world, n - 1) for k in range(share)]
+        frames = {} if self.num_frames is None else {"num_frames": self.num_frames}
+        with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
+            videos = module.pipeline(self.sampler)(
+                [self.specs[i].caption for i in mine], seed=self.seed, indices=mine, batch_size=self.batch_size, **frames
+            )
+        parts: list[Any] = [videos]
+        if world > 1:
+            parts = [None] * world
+            torch.distributed.all_gather_object(parts, videos)
+        in_order = {i: video for rank, part in enumerate(parts) for i, video in zip(range(rank, n, world), part)}
+        return [in_order[i] for i in range(n)]
