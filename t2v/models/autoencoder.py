@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2v.models import autoencoder_layers
 from t2v.models.names import autoencoder_state
 from t2v.models.text_encoder import state_sha256
 
@@ -30,22 +31,52 @@ SD_CONFIG: dict[str, Any] = {  # 83,653,863 parameters: Stable Diffusion's, for 
 
 
 class Autoencoder:
-    """Wraps diffusers' AutoencoderKL. `factor` is pixels per latent pixel, `channels` those of the latents, `config` rebuilds it."""
+    """Wraps diffusers' AutoencoderKL. `factor` is pixels per latent pixel, `channels` those of the latents, `config` rebuilds it.
 
-    def __init__(self, model: Any, source: str | None = None, max_frames_per_pass: int = 64):
+    max_frames_per_pass  frames that go through the network at once; more need more memory
+    channels_last        the forward pass of autoencoder_layers instead of diffusers'; None: on GPUs, where the network is of that kind
+    compile              that forward pass through torch.compile: faster after a minute of compiling for each shape
+
+    Raises ValueError for options that the network does not allow.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        source: str | None = None,
+        max_frames_per_pass: int = 64,
+        channels_last: bool | None = None,
+        compile: bool = False,
+    ):
         if max_frames_per_pass < 1:
             raise ValueError(f"max_frames_per_pass={max_frames_per_pass} must be at least 1")
+        if channels_last and not autoencoder_layers.is_supported(model):
+            raise ValueError("channels_last=true is for Stable Diffusion's kinds of blocks, and this autoencoder has others: leave it out")
+        if compile and channels_last is False:
+            raise ValueError("compile=true compiles the forward pass that channels_last=false leaves out: set one of them only")
         self.model: Any = model.eval().requires_grad_(False)
         self.max_frames_per_pass = max_frames_per_pass
+        self._wants_channels_last = channels_last
+        passes = autoencoder_layers.encode, autoencoder_layers.decode
+        self._encoder_pass, self._decoder_pass = (torch.compile(f, dynamic=False) if compile else f for f in passes)
         config: dict[str, Any] = dict(model.config)
         self.factor: int = 2 ** (len(config["block_out_channels"]) - 1)
         self.channels: int = config["latent_channels"]
         self.scaling_factor: float = config["scaling_factor"]
         self.config = {"source": source}
         self._sha256: str | None = None
+        self._lay_out()
 
     @classmethod
-    def from_pretrained(cls, source: str | Path | None = None, *, max_frames_per_pass: int = 64, download: bool = False) -> Autoencoder:
+    def from_pretrained(
+        cls,
+        source: str | Path | None = None,
+        *,
+        max_frames_per_pass: int = 64,
+        channels_last: bool | None = None,
+        compile: bool = False,
+        download: bool = False,
+    ) -> Autoencoder:
         """From a diffusers folder (or one that has it in `vae/`), ModelScope's VQGAN_autoencoder.pth, or `package:NAME`."""
         from t2v.weights import find, read
 
@@ -58,7 +89,7 @@ class Autoencoder:
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         model.load_state_dict(state, assign=True)
-        return cls(model.float(), str(source) if source is not None else None, max_frames_per_pass)
+        return cls(model.float(), str(source) if source is not None else None, max_frames_per_pass, channels_last, compile)
 
     def moments(self, frames: Tensor) -> Tensor:
         """Stage 1. uint8 frames (b f h w c) -> mean and log variance (b f h/s w/s 2c), float."""
@@ -96,7 +127,7 @@ class Autoencoder:
     def _encode(self, frames: Tensor) -> Tensor:
         """uint8 (n h w 3) -> float32 (n h/s w/s 2c)."""
         x = frames.to(self.device).to(self.dtype).permute(0, 3, 1, 2) / 127.5 - 1  # ((b f) c h w), channels last in memory
-        h = self.model.encoder(x)
+        h = self._encoder_pass(self.model.encoder, x) if self.channels_last else self.model.encoder(x)
         h = h if self.model.quant_conv is None else self.model.quant_conv(h)
         return h.permute(0, 2, 3, 1).float()
 
@@ -105,7 +136,7 @@ class Autoencoder:
         """(n c h w) -> uint8 (n h*s w*s 3)."""
         z = z.to(self.device, self.dtype)
         z = z if self.model.post_quant_conv is None else self.model.post_quant_conv(z)
-        x = self.model.decoder(z).float()
+        x = (self._decoder_pass(self.model.decoder, z) if self.channels_last else self.model.decoder(z)).float()
         return (x / 2 + 0.5).clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1)
 
     @property
@@ -120,7 +151,19 @@ class Autoencoder:
         self.sha256()  # of the weights as loaded, whatever type they are cast to
         # diffusers' own `to` warns about parts to keep in float32, of which there are none
         torch.nn.Module.to(self.model, device=device, dtype=dtype)
+        self._lay_out()
         return self
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the forward pass is that of autoencoder_layers, now."""
+        if self._wants_channels_last is None:
+            return self.device.type == "cuda" and autoencoder_layers.is_supported(self.model)
+        return self._wants_channels_last
+
+    def _lay_out(self) -> None:
+        if self.channels_last:
+            torch.nn.Module.to(self.model, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def sha256(self) -> str:
         """Hash of the weights, hexadecimal."""

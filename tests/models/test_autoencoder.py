@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from t2v.models.autoencoder import SD_CONFIG, Autoencoder, empty_autoencoder
+from t2v.models.autoencoder_layers import is_supported
 from t2v.models.frozen import Frozen
 from t2v.models.text_encoder import TextEncoder
 
@@ -94,3 +95,54 @@ def test_frozen_parts_are_no_module_and_stay_frozen(model: Any) -> None:
     for part in (frozen.autoencoder.model, frozen.text_encoder.tower):
         assert not part.training
         assert not any(p.requires_grad for p in part.parameters())
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_channels_last_is_diffusers_forward_pass(attention: bool) -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    model = AutoencoderKL(**TINY, mid_block_add_attention=attention).eval().double()
+    names = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    video, latents = frames(2, 3, 32, 40), torch.randn(2, 4, 3, 4, 5)
+    plain = Autoencoder(model, channels_last=False)
+    expected = plain.moments(video), plain.decode(latents)
+    fast = Autoencoder(model, channels_last=True, max_frames_per_pass=4)
+    layouts: list[bool] = []
+    convolutions = [layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size != (1, 1)]
+    for layer in convolutions:
+        layer.register_forward_pre_hook(
+            lambda layer, inputs: layouts.append(
+                all(x.is_contiguous(memory_format=torch.channels_last) for x in (layer.weight, *inputs) if x.shape[1] > 4)
+            )
+        )
+    torch.testing.assert_close(fast.moments(video), expected[0], rtol=0, atol=1e-6)  # moments are float32
+    assert (fast.decode(latents).int() - expected[1].int()).abs().max() <= 1
+    assert len(layouts) == 2 * len(convolutions)
+    assert all(layouts)
+    assert names == {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def test_compile_is_of_the_forward_pass(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+
+    def compiled(function: Any, dynamic: bool) -> Any:
+        return lambda part, x: (called.append(function.__name__), function(part, x))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    autoencoder = Autoencoder(model, channels_last=True, compile=True)
+    autoencoder.decode(torch.zeros(1, 4, 1, 2, 2))
+    autoencoder.moments(frames(1, 1, 16, 16))
+    assert called == ["decode", "encode"]
+    with pytest.raises(ValueError, match="channels_last=false"):
+        Autoencoder(model, channels_last=False, compile=True)
+
+
+def test_other_kinds_of_blocks_keep_diffusers_forward_pass() -> None:
+    from diffusers import AutoencoderKL
+
+    other: Any = AutoencoderKL(**{**TINY, "act_fn": "relu"})
+    assert Autoencoder(other).channels_last is False
+    assert not is_supported(other)
+    with pytest.raises(ValueError, match="leave it out"):
+        Autoencoder(other, channels_last=True)
