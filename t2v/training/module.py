@@ -17,8 +17,9 @@ from t2v import checkpoint
 from t2v.batch import ClipBatch, LatentBatch
 from t2v.checkpoint import ModelCard
 from t2v.diffusion.objective import DenoisingLoss
-from t2v.diffusion.randomness import integers, normal, seed_of, uniform
+from t2v.diffusion.randomness import normal, seed_of, uniform
 from t2v.diffusion.sampling import Sampler
+from t2v.diffusion.timesteps import ShiftedTimesteps, UniformTimesteps
 from t2v.models.autoencoder import Autoencoder
 from t2v.models.frozen import Frozen
 from t2v.models.text_encoder import TextEncoder
@@ -53,6 +54,7 @@ class TextToVideoModule(LightningModule):
         ema: EMA,
         sample: dict[str, int],
         init: Callable[[nn.Module], None] | None = None,
+        timesteps: UniformTimesteps | ShiftedTimesteps | None = None,
         caption_dropout: float = 0.1,
         temporal_lr_factor: float = 1.0,
         seed: int = 0,
@@ -66,6 +68,7 @@ class TextToVideoModule(LightningModule):
         self.ema_unet = copy.deepcopy(unet).eval().requires_grad_(False)
         self.frozen = Frozen(autoencoder, text_encoder)  # outside the module tree: never trained, wrapped or saved
         self.objective = objective
+        self.timesteps = timesteps or UniformTimesteps()
         self.sampler = replace(sampler, schedule=objective.schedule)  # sampled on the schedule that it is trained with
         self.make_optimizer = optimizer
         self.lr_schedule = lr_schedule
@@ -147,7 +150,7 @@ class TextToVideoModule(LightningModule):
     def predict(self, stream: str, clips: ClipBatch) -> MicroBatch:
         """Eq. 5 for each of b clips."""
         encoded = self.encode(stream, clips)
-        timestep = integers(self._keys("timestep", stream, clips), self.objective.schedule.num_timesteps).to(self.device)
+        timestep = self.timesteps(self._keys("timestep", stream, clips), self.objective.schedule.num_timesteps).to(self.device)
         noise = normal(self._keys("noise", stream, clips), encoded.latents.shape[1:]).to(self.device)
         losses = self.objective(self.unet, encoded.latents, encoded.text, timestep, noise)  # (b,)
         return MicroBatch(stream, clips.keys, encoded, timestep, noise, losses)
