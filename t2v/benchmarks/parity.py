@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2v.models.attention import TemporalAttention, check_backend
+from t2v.models.attention import check_backend, over_frames
+from t2v.models.kernels import Fusable
+from t2v.models.kernels.temporal_attention import temporal_attention
 from t2v.models.unet import VideoUNet
 
 Row = dict[str, Any]
@@ -65,26 +67,30 @@ def networks(device: str, config: Mapping[str, Any], clips: int, frames: int, si
     text = torch.randn(clips, 77, ours.config["cross_attention_dim"], generator=generator).to(device)
     timestep = torch.randint(0, 1000, (clips,), generator=generator).to(device)
 
-    def outputs(autocast: bool, network: Any = ours) -> tuple[Tensor, Tensor]:
+    def outputs(autocast: bool) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
-            return network(sample, timestep, text).double(), theirs(sample, timestep, text).sample.double()
+            return ours(sample, timestep, text).double(), theirs(sample, timestep, text).sample.double()
 
-    with tf32_off():
-        exact, peer = outputs(autocast=False)
-        yield row("network, float32 against diffusers", relative(exact, peer), 1e-4, device=device, parameters=count(ours))
-        for backend in usable("xformers", "triton", head_dim=ours.config["attention_head_dim"], device=device):
-            set_backend(ours, backend)
-            yield row(f"network, float32, {backend} against diffusers", relative(outputs(autocast=False)[0], peer), 1e-4, device=device)
-            set_backend(ours, "sdpa")
-        half, peer_half = outputs(autocast=True)
-    peers_own = relative(peer_half, peer)
-    yield row("network, bfloat16 against float32", relative(half, exact), 1.1 * peers_own, device=device, diffusers=peers_own)
-    for backend in usable("xformers", "triton", head_dim=ours.config["attention_head_dim"], device=device):
-        set_backend(ours, backend)
-        yield row(
-            f"network, bfloat16, {backend}", relative(outputs(autocast=True)[0], exact), 1.1 * peers_own, device=device, diffusers=peers_own
-        )
-        set_backend(ours, "sdpa")
+    backends = list(usable("xformers", "triton", head_dim=ours.config["attention_head_dim"], device=device))
+    ways = [("sdpa", True), *((backend, True) for backend in backends)] + [("sdpa", False)] * device.startswith("cuda")
+    exact, exact_peer = torch.empty(0), torch.empty(0)  # in float32
+    for autocast in (False, True):
+        with tf32_off():
+            for backend, fused in ways:
+                set_backend(ours, backend, fused)
+                name = f"network, {'bfloat16 against float32' if autocast else 'float32 against diffusers'}, {backend}"
+                name += "" if fused else ", fused_kernels=false"
+                try:
+                    found, peer = outputs(autocast)
+                except ValueError as error:  # this backend has no kernel for this shape and type
+                    yield {"what": name, "refused": str(error)}
+                    continue
+                if not autocast:
+                    exact, exact_peer = (found, peer) if backend == "sdpa" and fused else (exact, exact_peer)
+                    yield row(name, relative(found, peer), 1e-4, device=device, parameters=count(ours))
+                else:
+                    peers_own = relative(peer, exact_peer)
+                    yield row(name, relative(found, exact), 1.1 * peers_own, device=device, diffusers=peers_own)
 
 
 def attentions(device: str, b: int, f: int, n: int, h: int, d: int, dtype: torch.dtype = torch.bfloat16) -> list[Row]:
@@ -108,12 +114,12 @@ def attentions(device: str, b: int, f: int, n: int, h: int, d: int, dtype: torch
 
 def evaluate(backend: str, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, parts: int = 1) -> list[Tensor]:
     """Output and gradients, in `parts` along b where memory is short."""
-    layer = TemporalAttention(8, q.shape[3], q.shape[4])
-    layer.backend = backend
     results = []
     for inputs in zip(*(t.chunk(parts) for t in (q, k, v, grad)), strict=True):
         leaves = [t.detach().requires_grad_() for t in inputs[:3]]
-        output = layer.attend_over_frames(*leaves).reshape(inputs[0].shape)
+        packed = backend == "triton"
+        q, k, v = leaves
+        output = temporal_attention(torch.stack(leaves, 3)) if packed else over_frames(q, k, v, backend)
         results.append((output.detach(), *torch.autograd.grad(output, leaves, inputs[3])))
     return [torch.cat(tensors) for tensors in zip(*results, strict=True)]
 
@@ -129,10 +135,12 @@ def build(device: str, config: Mapping[str, Any], seed: int) -> VideoUNet:
     return unet.to(device)
 
 
-def set_backend(unet: nn.Module, backend: str) -> None:
+def set_backend(unet: nn.Module, backend: str, fused: bool) -> None:
     for module in unet.modules():
         if hasattr(module, "backend"):
             module.backend = backend  # type: ignore[assignment]
+        if isinstance(module, Fusable):
+            module.fused_kernels = fused
 
 
 def usable(*backends: str, head_dim: int, device: str) -> Iterator[str]:

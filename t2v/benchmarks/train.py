@@ -21,6 +21,7 @@ from t2v.benchmarks.random_parts import backend_for, config_for, random_autoenco
 from t2v.diffusion.objective import DenoisingLoss
 from t2v.diffusion.sampling import Sampler
 from t2v.models.autoencoder import SD_CONFIG, Autoencoder, empty_autoencoder
+from t2v.models.convolution import channels_last as lay_out
 from t2v.models.text_encoder import TOKENS, TextEncoder, empty_tower
 from t2v.training.ema import EMA
 from t2v.training.module import TextToVideoModule
@@ -36,7 +37,7 @@ def train(
     fed: str = "latents",
     gradient_checkpointing: str = "none",
     attention_backend: str | None = None,
-    channels_last: bool = False,
+    channels_last: bool = True,
     compile: bool = False,
     versus: str | None = None,
     compile_peer: bool = False,
@@ -105,9 +106,7 @@ def our_step(
     backend = backend_for(device, config, attention_backend)
     unet = random_unet(config, device, attention_backend=backend, gradient_checkpointing=gradient_checkpointing)
     if channels_last:
-        for parameter in unet.parameters():
-            if parameter.ndim == 4:  # those of spatial convolutions; `Module.to` would refuse the temporal ones' five axes
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        lay_out(unet)
     width = unet.config["cross_attention_dim"]
     autoencoder, text_encoder = encoders(fed, width, device)
     module = TextToVideoModule(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
-RUNTIME = ("attention_backend", "gradient_checkpointing")  # how a network runs, not what it is: never stored
+RUNTIME = ("attention_backend", "gradient_checkpointing", "fused_kernels")  # how a network runs, not what it is: never stored
 NOT_FROM_FILES = {"download", "device", "dtype"}  # what only the user may decide
 COUNTS = {"layers", "layers_per_block", "num_temporal_convs", "num_temporal_attentions"}
 MAX_COUNT, MAX_SIZE, MAX_LENGTH = 64, 1 << 16, 64  # no file may ask for a network without end

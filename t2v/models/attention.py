@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2v.models.convolution import GroupNorm
-from t2v.models.temporal_kernel import temporal_attention
+from t2v.models.kernels import Fusable
+from t2v.models.kernels.geglu import fused_geglu
+from t2v.models.kernels.layer_norm import fused_add_layer_norm
+from t2v.models.kernels.temporal_attention import temporal_attention
 from t2v.models.timestep import sinusoid
 
 MAX_GRID = 65_535  # CUDA's limit for the second and third grid dimension, where attention kernels put batches and heads
@@ -59,7 +62,7 @@ def attend_by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ) from error
 
 
-class Attention(nn.Module):
+class Attention(Fusable):
     """Projections shared by the three kinds of attention; `to_out` is a list because the stored name is `to_out.0`."""
 
     def __init__(self, width: int, heads: int, head_dim: int, context_width: int | None = None, backend: str = "sdpa"):
@@ -73,27 +76,35 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, names: str) -> tuple[Tensor, ...]:
         """`names` of "q", "k", "v": (... d) -> as many (... h d)."""
-        layers = (getattr(self, f"to_{name}") for name in names)
+        layers = [getattr(self, f"to_{name}") for name in names]
+        if len(layers) > 1 and self.fused(x):  # one matrix product, though the weights are stored apart
+            joined = F.linear(x, torch.cat([layer.weight for layer in layers]))
+            return joined.unflatten(-1, (len(layers), self.heads, self.head_dim)).unbind(-3)
         return tuple(layer(x).unflatten(-1, (self.heads, self.head_dim)) for layer in layers)
+
+    def out(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(... (h d)) -> (... d), and the bias that the sum after it is to add; None where it is in already."""
+        layer: Any = self.to_out[0]
+        return (F.linear(x, layer.weight), layer.bias) if self.fused(x) else (layer(x), None)
 
 
 class SpatialAttention(Attention):
     """Every pixel attends to the pixels of its own frame."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         b, f, n, _ = x.shape
         q, k, v = self.project(x.flatten(0, 1), "qkv")
-        return self.to_out[0](attend(q, k, v, self.backend).reshape(b, f, n, -1))
+        return self.out(attend(q, k, v, self.backend).reshape(b, f, n, -1))
 
 
 class TextAttention(Attention):
     """Every pixel of every frame attends to the words of its clip; their keys and values are projected once per clip."""
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor | None]:
         b, f, n, _ = x.shape
         (q,) = self.project(x.flatten(1, 2), "q")
         k, v = self.project(text, "kv")
-        return self.to_out[0](attend(q, k, v, self.backend).reshape(b, f, n, -1))
+        return self.out(attend(q, k, v, self.backend).reshape(b, f, n, -1))
 
 
 class TemporalAttention(Attention):
@@ -106,30 +117,35 @@ class TemporalAttention(Attention):
         super().__init__(width, heads, head_dim, backend=backend)
         self.positions = positions
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         b, f, n, d = x.shape
         if self.positions is not None:
             x = x + sinusoid(torch.arange(f, device=x.device), d).to(x.dtype)[:, None]
         if f == 1:  # the softmax over one key is 1
-            y = self.to_out[0](self.to_v(x))
-            return y + self.untouched(x) if torch.is_grad_enabled() else y
-        q, k, v = self.project(x, "qkv")
-        return self.to_out[0](self.attend_over_frames(q, k, v).reshape(b, f, n, -1))
+            y, bias = self.out(self.to_v(x))
+            return (y + self.untouched(x) if torch.is_grad_enabled() else y), bias
+        return self.out(self.attend_over_frames(x).reshape(b, f, n, -1))
 
-    def attend_over_frames(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(b f n h d) each -> (b f n h d)."""
+    def attend_over_frames(self, x: Tensor) -> Tensor:
+        """(b f n d) -> (b f n h d)."""
         if self.backend == "triton":
-            return temporal_attention(q, k, v)
-        step = max(1, MAX_GRID // self.heads)
-        if q.shape[2] <= step:
-            return attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), self.backend)  # (b f (n h) d)
-        parts = zip(q.split(step, 2), k.split(step, 2), v.split(step, 2), strict=True)
-        return torch.cat([attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), self.backend) for q, k, v in parts], 2)
+            weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
+            return temporal_attention(F.linear(x, weight).unflatten(-1, (3, self.heads, self.head_dim)))
+        q, k, v = self.project(x, "qkv")
+        return over_frames(q, k, v, self.backend)
 
     def untouched(self, x: Tensor) -> Tensor:
         """An exact zero through the projections of queries and keys, which one frame does not need: their gradients are 0, not None."""
         token = x[:1, :, :1]
         return 0.0 * (self.to_q(token).sum() + self.to_k(token).sum())
+
+
+def over_frames(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    """Attention of every pixel over the frames: (b f n h d) each -> (b f n h d)."""
+    step = max(1, MAX_GRID // q.shape[3])
+    parts = zip(q.split(step, 2), k.split(step, 2), v.split(step, 2), strict=True)
+    found = [attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), backend).view(q.shape) for q, k, v in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, 2)
 
 
 class FeedForward(nn.Module):
@@ -143,7 +159,7 @@ class FeedForward(nn.Module):
         return self.net[2](self.net[0](x))
 
 
-class GEGLU(nn.Module):
+class GEGLU(Fusable):
     """value * gelu(gate), both linear in the input. A GPU projects them at once; on a CPU halves of rows are slow to read and write."""
 
     def __init__(self, width: int, width_out: int):
@@ -151,30 +167,20 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * width_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and type(self.proj) is nn.Linear:
-            weight, bias = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
-            return F.linear(x, weight[0], bias[0]) * F.gelu(F.linear(x, weight[1], bias[1]))
-        return GatedGelu.apply(self.proj(x))
+        if self.fused(x):
+            return fused_geglu(F.linear(x, self.proj.weight), self.proj.bias)
+        weight, bias = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+        return F.linear(x, weight[0], bias[0]) * F.gelu(F.linear(x, weight[1], bias[1]))
 
 
-class GatedGelu(torch.autograd.Function):
-    """value * gelu(gate) for x = (value, gate). Keeps x only, and writes the two gradients side by side instead of joining them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        value, gate = x.chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        value, gate = x.chunk(2, dim=-1)
-        result = torch.empty_like(x)
-        to_value, to_gate = result.chunk(2, dim=-1)
-        to_value.copy_(grad * F.gelu(gate))
-        to_gate.copy_(torch.ops.aten.gelu_backward(grad * value, gate))
-        return result
+class LayerNorm(nn.LayerNorm, Fusable):
+    def add(self, x: Tensor, branch: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + branch + bias, and its layer norm. All (... d), bias (d)."""
+        if self.fused(x):
+            return fused_add_layer_norm(x, branch, bias, self.weight, self.bias, self.eps)
+        assert bias is None
+        x = x if branch is None else x + branch
+        return x, self(x)
 
 
 class ZeroLinear(nn.Linear):
@@ -189,17 +195,18 @@ class ZeroLinear(nn.Linear):
 class SpatialTransformerLayer(nn.Module):
     def __init__(self, width: int, heads: int, head_dim: int, text_width: int, backend: str):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.attn1 = SpatialAttention(width, heads, head_dim, backend=backend)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.attn2 = TextAttention(width, heads, head_dim, context_width=text_width, backend=backend)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), text)
-        return x + self.ff(self.norm3(x))
+        x, y = self.norm1.add(x)
+        x, y = self.norm2.add(x, *self.attn1(y))
+        x, y = self.norm3.add(x, *self.attn2(y, text))
+        return x + self.ff(y)
 
 
 class TemporalTransformerLayer(nn.Module):
@@ -207,16 +214,19 @@ class TemporalTransformerLayer(nn.Module):
         super().__init__()
         self.num_attentions = num_attentions
         for i in range(1, num_attentions + 1):  # norm3 is the feed-forward's in the released model, so a third attention's is norm4
-            self.add_module(f"norm{i if i < 3 else i + 1}", nn.LayerNorm(width))
+            self.add_module(f"norm{i if i < 3 else i + 1}", LayerNorm(width))
             self.add_module(f"attn{i}", TemporalAttention(width, heads, head_dim, backend=backend, positions=positions))
-        self.norm3 = nn.LayerNorm(width)
+        self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
     def forward(self, x: Tensor) -> Tensor:
+        branch: tuple[Tensor, Tensor | None] | tuple[()] = ()
         for i in range(1, self.num_attentions + 1):
             norm, attention = getattr(self, f"norm{i if i < 3 else i + 1}"), getattr(self, f"attn{i}")
-            x = x + attention(norm(x))
-        return x + self.ff(self.norm3(x))
+            x, y = norm.add(x, *branch)
+            branch = attention(y)
+        x, y = self.norm3.add(x, *branch)
+        return x + self.ff(y)
 
 
 class SpatialTransformer(nn.Module):
@@ -230,7 +240,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(heads * head_dim, channels)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        tokens = self.proj_in(self.norm(x)).flatten(2, 3)  # (b f (h w) d)
+        y, x = self.norm.beside(x)
+        tokens = self.proj_in(y).flatten(2, 3)  # (b f (h w) d)
         for layer in self.transformer_blocks:
             tokens = layer(tokens, text)
         return x + self.proj_out(tokens).view(x.shape)
@@ -249,7 +260,8 @@ class TemporalTransformer(nn.Module):
         self.proj_out = ZeroLinear(heads * head_dim, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.proj_in(self.norm(x)).flatten(2, 3)  # (b f (h w) d)
+        y, x = self.norm.beside(x)
+        tokens = self.proj_in(y).flatten(2, 3)  # (b f (h w) d)
         for layer in self.transformer_blocks:
             tokens = layer(tokens)
         return x + self.proj_out(tokens).view(x.shape)

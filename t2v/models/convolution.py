@@ -12,16 +12,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from t2v.models.kernels import Fusable
+from t2v.models.kernels.group_norm import fused_group_norm
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation of tokens (b f h w c). Statistics are taken per frame, or over all frames of a clip where `over_frames`."""
 
-    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, over_frames: bool = False):
+class GroupNorm(nn.GroupNorm, Fusable):
+    """Group normalisation of tokens (b f h w c), with SiLU where `silu`. Statistics are taken per frame, or over all frames of a clip where
+    `over_frames`."""
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float = 1e-5, over_frames: bool = False, silu: bool = False):
         super().__init__(num_groups, num_channels, eps=eps)
         self.over_frames = over_frames
+        self.silu = silu
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.beside(x)[0]
+
+    def beside(self, x: Tensor, shift: Tensor | None = None, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+        """dropout(norm(x + shift)), and x for what runs beside it (a residual). shift (b c) or (1 c), where the kernel runs only."""
         b, f, h, w, c = x.shape
+        if self.fused(x):
+            seed = torch.randint(-(2**31), 2**31 - 1, (2,), dtype=torch.int32, device=x.device) if dropout > 0 else None
+            shape = (b, f * h * w, c) if self.over_frames else (b * f, h * w, c)
+            y, same = fused_group_norm(
+                x.reshape(shape), self.weight, self.bias, self.num_groups, self.eps, silu=self.silu, shift=shift, dropout=dropout, seed=seed
+            )
+            return y.view(x.shape), same.view(x.shape)
+        assert shift is None
         # A 4-d view whose strides torch recognises as channels-last; with any other, its CPU kernel copies and is several times slower.
         y = x.reshape(b, f, h * w, c) if self.over_frames else x.reshape(b * f, h, w, c)
         y = y.permute(0, 3, 1, 2)
@@ -30,7 +47,9 @@ class GroupNorm(nn.GroupNorm):
             y = GroupNormOnCPU.apply(y, self.weight, self.bias, self.num_groups, self.eps)
         else:
             y = F.group_norm(y, self.num_groups, self.weight, self.bias, self.eps)
-        return y.permute(0, 2, 3, 1).reshape(b, f, h, w, c)
+        y = y.permute(0, 2, 3, 1).reshape(b, f, h, w, c)
+        y = F.silu(y) if self.silu else y
+        return (drop(y, dropout) if dropout > 0 else y), x
 
 
 class GroupNormOnCPU(torch.autograd.Function):
@@ -54,27 +73,25 @@ class GroupNormOnCPU(torch.autograd.Function):
         return *torch.ops.aten.native_group_norm_backward(grad, *ctx.saved_tensors, *ctx.sizes, [True, True, True]), None, None
 
 
-class Dropout(nn.Dropout):
+def drop(x: Tensor, p: float) -> Tensor:
     """Dropout whose random numbers on a CPU are 16 bits each: torch's own draws them one by one and would be the slowest layer of all.
 
     There the rate is rounded to a multiple of 1/65536, and the survivors are scaled by that rate, so that the mean is exact.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x)
-        dropped = round(self.p * 65_536)
-        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), 2**63 - 1).view(torch.int16)
-        kept = bits[: x.numel()].view(x.shape) >= dropped - 32_768
-        return x * kept.to(x.dtype).mul_(65_536 / (65_536 - dropped))
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    dropped = round(p * 65_536)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), 2**63 - 1).view(torch.int16)
+    kept = bits[: x.numel()].view(x.shape) >= dropped - 32_768
+    return x * kept.to(x.dtype).mul_(65_536 / (65_536 - dropped))
 
 
 class SpatialConv(nn.Conv2d):
     """A 2-d convolution of every frame: (b f h w c) -> (b f h' w' o)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
         b, f, h, w, c = x.shape
-        y = self._conv_forward(x.reshape(b * f, h, w, c).permute(0, 3, 1, 2), self.weight, self.bias)
+        y = self._conv_forward(x.reshape(b * f, h, w, c).permute(0, 3, 1, 2), self.weight, self.bias if with_bias else None)
         return y.permute(0, 2, 3, 1).unflatten(0, (b, f))
 
 
@@ -108,51 +125,76 @@ class TemporalConv(nn.Conv3d):
         else:
             super().reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, with_bias: bool = True) -> Tensor:
         b, f, h, w, c = x.shape
+        bias = self.bias if with_bias else None
         if f == 1:
-            return F.linear(x, self.weight[:, :, 1, 0, 0], self.bias)
-        y = F.conv2d(x.reshape(b, f, h * w, c).permute(0, 3, 1, 2), self.weight.squeeze(-1), self.bias, padding=(1, 0))
+            return F.linear(x, self.weight[:, :, 1, 0, 0], bias)
+        y = F.conv2d(x.reshape(b, f, h * w, c).permute(0, 3, 1, 2), self.weight.squeeze(-1), bias, padding=(1, 0))
         return y.permute(0, 2, 3, 1).reshape(b, f, h, w, c)
 
 
-class SpatialConvBlock(nn.Module):
+def channels_last(network: nn.Module) -> None:
+    """Lay the weights of convolutions out as the tokens lie, in place: else a GPU converts them, and their gradients, in every step."""
+    for module in network.modules():
+        if isinstance(module, SpatialConv):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        elif isinstance(module, TemporalConv):
+            module.weight.data = module.weight.data.squeeze(-1).contiguous(memory_format=torch.channels_last).unsqueeze(-1)
+
+
+class SpatialConvBlock(Fusable):
     """The N_1 = 2 spatial convolutions of Figure 3: the residual block of Stable Diffusion. (b f h w c) -> (b f h w o)."""
 
     def __init__(self, channels: int, out_channels: int, time_width: int, groups: int, eps: float, dropout: float, scale: float = 1.0):
         super().__init__()
-        self.norm1 = GroupNorm(groups, channels, eps)
+        self.norm1 = GroupNorm(groups, channels, eps, silu=True)
         self.conv1 = SpatialConv(channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_width, out_channels)
-        self.norm2 = GroupNorm(groups, out_channels, eps)
-        self.dropout = Dropout(dropout)
+        self.norm2 = GroupNorm(groups, out_channels, eps, silu=True)
         self.conv2 = SpatialConv(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = PointwiseConv(channels, out_channels) if channels != out_channels else None
+        self.dropout = dropout
         self.scale = scale
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """`time` (b d): the timestep's embedding after its SiLU, one per clip."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(time)[:, None, None, None]  # (b 1 1 1 o)
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        dropout = self.dropout if self.training else 0.0
+        shift = self.time_emb_proj(time)  # (b o)
+        h, x = self.norm1.beside(x)
+        if self.fused(x):  # the second norm adds embedding and bias where it reads
+            h, shift = self.conv1(h, with_bias=False), shift + self.conv1.bias
+            h, _ = self.norm2.beside(h, shift, dropout)
+        else:
+            h, _ = self.norm2.beside(self.conv1(h) + shift[:, None, None, None], dropout=dropout)
+        h = self.conv2(h)
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return x + h if self.scale == 1 else (x + h) / self.scale
 
 
-class TemporalConvBlock(nn.Module):
+class TemporalConvBlock(Fusable):
     """The N_2 = 4 temporal convolutions of Figure 3 on a residual branch that starts at zero: (b f h w c) -> (b f h w c)."""
 
     def __init__(self, channels: int, num_convs: int, groups: int, dropout: float):
         super().__init__()
+        self.dropout = dropout
         for i in range(1, num_convs + 1):  # conv1, conv2, ...: diffusers' names and positions; its first has no dropout
-            layers = [GroupNorm(groups, channels, over_frames=True), nn.SiLU()]
-            layers += [Dropout(dropout)] if i > 1 else []
+            layers: list[nn.Module] = [GroupNorm(groups, channels, over_frames=True, silu=True), nn.Identity()]  # SiLU is in the norm
+            layers += [nn.Identity()] if i > 1 else []  # so is dropout
             self.add_module(f"conv{i}", nn.Sequential(*layers, TemporalConv(channels, zero=i == num_convs)))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x
-        for conv in self.children():
-            h = conv(h)
+        fused, last = self.fused(x), len(self._modules) - 1
+        h, bias = x, None
+        for i, layers in enumerate(self.children()):
+            norm, conv = layers[0], layers[-1]  # type: ignore[index]
+            h, beside = norm.beside(h, bias, self.dropout if self.training and i else 0.0)
+            if i == 0:
+                x = beside
+            if fused and i < last:  # the next norm adds the bias where it reads
+                h, bias = conv(h, with_bias=False), conv.bias[None]
+            else:
+                h = conv(h)
         return x + h
 
 

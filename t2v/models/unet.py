@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from t2v.models.attention import check_backend
 from t2v.models.convolution import GroupNorm, SpatialConv
+from t2v.models.kernels import Fusable
 from t2v.models.spatio_temporal import CHECKPOINTING, BlockSettings, DownStage, MidStage, UpStage, run, stages_of, temporal_transformer
 from t2v.models.timestep import TimestepEmbedding
 
@@ -26,6 +27,7 @@ EXTRAS = {  # keyword-only arguments that diffusers does not have, and its behav
     "temporal_dropout": 0.1,
     "attention_backend": "sdpa",
     "gradient_checkpointing": "none",
+    "fused_kernels": True,
 }
 
 
@@ -38,6 +40,7 @@ class VideoUNet(nn.Module):
     spatial_dropout          in the spatial convolution blocks; the released model was trained with 0.1, diffusers has none
     temporal_dropout         in the temporal convolution blocks
     attention_backend        "sdpa", "xformers", or "triton" (a fused kernel for temporal attention)
+    fused_kernels            on a GPU, norms with their neighbours and GEGLU as one kernel each (t2v/models/kernels)
     gradient_checkpointing   "none", "attention" or "all": whose activations are recomputed in the backward pass; may be changed later
 
     Raises ValueError where widths do not fit together.
@@ -69,6 +72,7 @@ class VideoUNet(nn.Module):
         temporal_dropout: float = 0.1,
         attention_backend: str = "sdpa",
         gradient_checkpointing: str = "none",
+        fused_kernels: bool = True,
     ):
         arguments = {name: plain(value) for name, value in locals().items() if name not in ("self", "__class__")}
         check_arguments(**arguments)
@@ -108,9 +112,12 @@ class VideoUNet(nn.Module):
             taken = [skips.pop() for _ in range(layers_per_block + 1)]
             self.up_blocks.append(UpStage(channels, taken, width, kind == "CrossAttnUpBlock3D", i < len(widths) - 1, settings))
             channels = width
-        self.conv_norm_out = GroupNorm(norm_num_groups, channels, norm_eps)
+        self.conv_norm_out = GroupNorm(norm_num_groups, channels, norm_eps, silu=True)
         self.conv_out = SpatialConv(channels, out_channels, 3, padding=1)
         self.gradient_checkpointing = gradient_checkpointing
+        for module in self.modules():
+            if isinstance(module, Fusable):
+                module.fused_kernels = fused_kernels
 
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor) -> Tensor:
         """sample (b c f h w), timestep (b,) or one for all, encoder_hidden_states (b n d) -> predicted noise (b c f h w)."""
@@ -128,7 +135,7 @@ class VideoUNet(nn.Module):
         x = self.mid_block(x, time, text)
         for stage in self.up_blocks:
             x = stage(x, skips, time, text)
-        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_out(self.conv_norm_out(x))
         return x.permute(0, 4, 1, 2, 3)  # (b c f h w)
 
     @property

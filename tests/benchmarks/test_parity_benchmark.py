@@ -11,7 +11,7 @@ from t2v import benchmark
 from t2v.benchmarks import parity as module
 from t2v.benchmarks.parity import attentions, parity
 from t2v.benchmarks.unet import unet
-from t2v.models.temporal_kernel import PlainTemporalAttention
+from t2v.models.kernels.temporal_attention import PlainTemporalAttention
 
 TINY = {
     "block_out_channels": (16, 32),
@@ -27,22 +27,22 @@ TINY = {
 def test_rows_on_the_cpu_are_fine_and_a_wrong_network_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"device": "cpu", "config": TINY, "clips": 1, "frames": 3, "size": 8, "attention_shapes": [(1, 3, 4, 2, 16)]}
     rows = parity(**options)
-    assert [row["what"] for row in rows[:2]] == ["network, float32 against diffusers", "network, bfloat16 against float32"]
+    assert [row["what"] for row in rows[:2]] == ["network, float32 against diffusers, sdpa", "network, bfloat16 against float32, sdpa"]
     assert rows[0]["error"] < 1e-5
     assert 1e-4 < rows[1]["diffusers"] < 0.1
     assert all(row["fine"] for row in rows)
     assert len(rows) == 6
-    monkeypatch.setattr("t2v.models.convolution.GroupNorm.forward", lambda self, x: x)
+    monkeypatch.setattr("t2v.models.convolution.GroupNorm.beside", lambda self, x, *_, **__: (x, x))
     assert not parity(**options)[0]["fine"]
 
 
 def test_a_backend_is_held_to_one_and_a_half_times_sdpas_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "usable", lambda *_, **__: iter(["triton"]))
-    monkeypatch.setattr("t2v.models.attention.temporal_attention", PlainTemporalAttention.apply)
+    monkeypatch.setattr(module, "temporal_attention", PlainTemporalAttention.apply)
     rows = attentions("cpu", 1, 8, 4, 2, 16)
     assert [row["what"].split(", ")[1] for row in rows] == ["sdpa"] * 4 + ["triton"] * 4
     assert all(row["fine"] for row in rows)
-    monkeypatch.setattr("t2v.models.attention.temporal_attention", lambda q, k, v: PlainTemporalAttention.apply(q, k, v) * 1.02)
+    monkeypatch.setattr(module, "temporal_attention", lambda qkv: PlainTemporalAttention.apply(qkv) * 1.02)
     assert not any(row["fine"] for row in attentions("cpu", 1, 8, 4, 2, 16)[4:])
 
 

@@ -6,7 +6,7 @@ from small_unets import TWO_LEVELS, inputs, pair
 from torch import Tensor
 
 from t2v.models.attention import Attention, TemporalAttention, attend
-from t2v.models.temporal_kernel import PlainTemporalAttention, temporal_attention
+from t2v.models.kernels.temporal_attention import PlainTemporalAttention, temporal_attention
 from t2v.models.unet import VideoUNet
 
 
@@ -19,7 +19,7 @@ def tokens(f: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 @pytest.mark.parametrize("f", [2, 5, 16, 33])
 def test_the_kernels_plain_twin_is_attention(f: int, dtype: torch.dtype, bound: float) -> None:
     q, k, v = tokens(f, dtype)
-    ours = PlainTemporalAttention.apply(q, k, v)
+    ours = PlainTemporalAttention.apply(torch.stack([q, k, v], 3))
     theirs = attend(*(t.flatten(2, 3) for t in (q, k, v))).view(q.shape)
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(dtype)
     for a, b in zip(
@@ -29,8 +29,8 @@ def test_the_kernels_plain_twin_is_attention(f: int, dtype: torch.dtype, bound: 
 
 
 def test_the_twin_passes_gradcheck() -> None:
-    q, k, v = (torch.randn(1, 3, 2, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    assert torch.autograd.gradcheck(PlainTemporalAttention.apply, (q, k, v))
+    qkv = torch.randn(1, 3, 2, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(PlainTemporalAttention.apply, (qkv,))
 
 
 def test_a_network_on_the_twin_equals_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_backends_are_refused_where_they_cannot_run(backend: str) -> None:
 def test_backends_refuse_tensors_on_the_cpu_and_too_many_frames() -> None:
     q, k, v = tokens(2)
     with pytest.raises(ValueError, match=r"triton.*cpu.*sdpa"):
-        temporal_attention(q, k, v)
+        temporal_attention(torch.stack([q, k, v], 3))
     with pytest.raises(ValueError, match=r"xformers.*cpu.*sdpa"):
         attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), "xformers")
     with pytest.raises(ValueError, match=r"triton.*cpu"):

@@ -6,16 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from t2v.models.attention import GEGLU, GatedGelu
-from t2v.models.convolution import Dropout, GroupNorm, TemporalConv, Upsample
+from t2v.models.attention import GEGLU
+from t2v.models.convolution import GroupNorm, TemporalConv, Upsample, drop
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_keeps_rate_mean_and_independence(p: float) -> None:
     torch.manual_seed(0)
-    layer = Dropout(p)
     x = torch.ones(199, 1001, requires_grad=True)  # not a multiple of four
-    y = layer(x)
+    y = drop(x, p)
     kept = (y != 0).double()
     assert abs(kept.mean() - (1 - p)) < 4 * (p * (1 - p) / x.numel()) ** 0.5
     assert y.unique().tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-4)
@@ -26,23 +25,15 @@ def test_dropout_keeps_rate_mean_and_independence(p: float) -> None:
         correlation = torch.corrcoef(torch.stack([flat[:-shift], flat[shift:]]))[0, 1]
         assert abs(correlation) < 5 / x.numel() ** 0.5
     torch.manual_seed(0)
-    assert torch.equal(layer(x), y)
-    assert torch.equal(layer.eval()(x), x)
+    assert torch.equal(drop(x, p), y)
 
 
-def test_both_forms_of_geglu_are_one_function() -> None:
+def test_geglu_by_halves_is_geglu() -> None:
     torch.manual_seed(0)
     layer = GEGLU(6, 10).double()
-    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 6, dtype=torch.float64)
     value, gate = layer.proj(x).chunk(2, -1)
-    expected = value * F.gelu(gate)
-    grad = torch.randn_like(expected)
-    for y in (layer(x), GatedGelu.apply(layer.proj(x))):
-        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-        ours = torch.autograd.grad(y, [x, *layer.parameters()], grad)
-        for a, b in zip(ours, torch.autograd.grad(expected, [x, *layer.parameters()], grad, retain_graph=True), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(GatedGelu.apply, (torch.randn(2, 8, dtype=torch.float64, requires_grad=True),))
+    torch.testing.assert_close(layer(x), value * F.gelu(gate), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("over_frames", [False, True])

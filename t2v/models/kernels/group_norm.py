@@ -1,0 +1,362 @@
+"""Group normalisation of channels-last tokens with what stands around it: a shift before it, SiLU and dropout after it.
+
+Two passes over the input forward (statistics, result), two backward (sums, result), and nothing but the input is kept. torch's own kernel
+reads channels-last memory slowly, and every neighbour would be one more pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from t2v.models.kernels import compute_dtype, launch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch come without it
+    triton = None
+    _moments = _statistics = _result = _sums = _along = _gradient = None
+
+
+def plain_group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    silu: bool = False,
+    shift: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """dropout(silu(group_norm(x + shift))) of (n s c): statistics over s and the channels of a group; shift (m c), each for n / m samples.
+
+    The mask of the dropout is a function of `seed` (2,) and the place alone, so that the backward pass makes it again.
+    """
+    if shift is not None:
+        x = (x.unflatten(0, (len(shift), -1)) + shift[:, None, None]).flatten(0, 1)
+    y = F.group_norm(x.transpose(1, 2), groups, weight, bias, eps).transpose(1, 2)
+    y = F.silu(y) if silu else y
+    if dropout > 0:
+        assert seed is not None
+        y = y * keep_mask(y.numel(), dropout, seed).view(y.shape) / (1 - dropout)
+    return y
+
+
+def keep_mask(size: int, dropout: float, seed: Tensor) -> Tensor:
+    """(size,) bool: which places survive. A counter-based hash of (place, seed), as in the kernel; 32-bit arithmetic in int64."""
+    place = torch.arange(size, dtype=torch.int64, device=seed.device)
+    first, second = (int(number) & 0xFFFFFFFF for number in seed.tolist())
+    return _mixed((_mixed(place ^ first) + second) & 0xFFFFFFFF) >= threshold(dropout)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """An invertible mixing of 32 bits: two rounds of xor-shift and multiplication."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def threshold(dropout: float) -> int:
+    return min(2**32 - 1, round(dropout * 2**32))
+
+
+def fused_group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    silu: bool = False,
+    shift: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`plain_group_norm` as kernels: (y, x). Whoever needs the input again (a residual) takes the returned x: then its gradient is added
+    where this layer's own is written, instead of in a pass of its own."""
+    return FusedGroupNorm.apply(x, weight, bias, shift, seed, groups, eps, silu, dropout, compute_dtype(x))
+
+
+class FusedGroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        shift: Tensor | None,
+        seed: Tensor | None,
+        groups: int,
+        eps: float,
+        silu: bool,
+        dropout: float,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        x = x.contiguous()
+        shift = None if shift is None else shift.contiguous()
+        n, s, c = x.shape
+        sizes = _Sizes(n, s, c, groups)
+        means, squares = (x.new_empty((n * sizes.chunks, c), dtype=torch.float32) for _ in range(2))
+        mean, inverse = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
+        y = torch.empty_like(x, dtype=dtype)
+        launch(_moments, sizes.programs, x, x, shift, means, squares, **sizes.common, **sizes.shifted(shift))
+        launch(_statistics, n * groups, x, means, squares, mean, inverse, eps, **sizes.grouped)
+        launch(
+            _result,
+            sizes.programs,
+            x,
+            x,
+            shift,
+            weight,
+            bias,
+            mean,
+            inverse,
+            seed,
+            y,
+            **sizes.common,
+            **sizes.shifted(shift),
+            **_after(silu, dropout),
+        )
+        ctx.save_for_backward(x, weight, bias, shift, mean, inverse, seed)
+        ctx.settings = sizes, silu, dropout
+        return y, x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, bias, shift, mean, inverse, seed = ctx.saved_tensors
+        sizes, silu, dropout = ctx.settings
+        if grad is None:
+            return residual, *[None] * 9
+        grad = grad.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        n, _, c = x.shape
+        sums = x.new_empty((2, n * sizes.chunks, c), dtype=torch.float32)  # of the gradient before scale and offset, and that times x^
+        along = x.new_empty((2, n, sizes.groups), dtype=torch.float32)
+        of_shift = x.new_empty((n * sizes.chunks, c), dtype=torch.float32) if shift is not None else None
+        dx = torch.empty_like(x)
+        options = {**sizes.common, **sizes.shifted(shift), **_after(silu, dropout)}
+        launch(_sums, sizes.programs, x, x, shift, weight, bias, mean, inverse, seed, grad, sums[0], sums[1], **options)
+        launch(_along, n * sizes.groups, x, sums[0], sums[1], weight, along[0], along[1], **sizes.grouped)
+        launch(
+            _gradient, sizes.programs, x, x, shift, weight, bias, mean, inverse, seed, grad, along[0], along[1], residual, dx, of_shift,
+            **options, RESIDUAL=residual is not None,
+        )  # fmt: skip
+        of_bias, of_weight = sums.sum(1)
+        if of_shift is not None:
+            of_shift = of_shift.view(len(shift), -1, c).sum(1).to(shift.dtype)
+        return dx, of_weight.to(weight.dtype), of_bias.to(bias.dtype), of_shift, *[None] * 6
+
+
+class _Sizes:
+    """How (n s c) is divided between programs: each takes BLOCK channels of `chunk` positions of a sample, ROWS positions at a time."""
+
+    ROWS = 64
+
+    def __init__(self, n: int, s: int, c: int, groups: int):
+        self.groups = groups
+        self.chunk = max(256, -(-s // (256 * self.ROWS)) * self.ROWS)  # at most 256 chunks a sample
+        self.chunks = -(-s // self.chunk)
+        block = next((b for b in (64, 32, 16) if c % b == 0), 64)
+        blocks = -(-c // block)
+        self.programs = n * self.chunks * blocks
+        self.samples = n
+        self.common = {
+            "S": s, "C": c, "GROUPS": groups, "CHUNK": self.chunk, "chunks": self.chunks,
+            "blocks": blocks, "ROWS": self.ROWS, "BLOCK": block,
+        }  # fmt: skip
+        self.grouped = {
+            "S": s, "C": c, "GROUPS": groups, "CHUNK": self.chunk, "chunks": self.chunks,
+            "CHUNKS": _power(self.chunks), "WIDTH": _power(c // groups),
+        }  # fmt: skip
+
+    def shifted(self, shift: Tensor | None) -> dict[str, Any]:
+        return {"SHIFT": shift is not None, "per_shift": 1 if shift is None else self.samples // len(shift)}
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _after(silu: bool, dropout: float) -> dict[str, Any]:
+    return {"SILU": silu, "DROPOUT": dropout > 0, "limit": threshold(dropout) - 2**31, "survivors": 1 / (1 - dropout)}
+
+
+if triton is not None:
+
+    @triton.jit
+    def _place(C, chunks, blocks, BLOCK: tl.constexpr):
+        i = tl.program_id(0)  # neighbours take neighbouring channels of the same rows
+        c = (i % blocks) * BLOCK + tl.arange(0, BLOCK)
+        return i // (blocks * chunks), (i // blocks) % chunks, c, c < C
+
+    @triton.jit
+    def _load(x, shift, n, s, c, exists, S, C, per_shift, SHIFT: tl.constexpr):
+        X = tl.load(x + (n.to(tl.int64) * S + s[:, None]) * C + c[None, :], exists, 0.0).to(tl.float32)
+        if SHIFT:
+            X += tl.load(shift + (n // per_shift) * C + c, c < C, 0.0).to(tl.float32)[None, :]
+        return X
+
+    @triton.jit
+    def _moments(
+        x, shift, means, squares, S, C, GROUPS, chunks, blocks, per_shift,
+        CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
+    ):  # fmt: skip
+        n, k, c, in_c = _place(C, chunks, blocks, BLOCK)
+        mean = tl.zeros((BLOCK,), tl.float32)
+        square = tl.zeros((BLOCK,), tl.float32)  # sum of squared distances from the mean, merged tile by tile (Chan et al.)
+        for r in range(0, CHUNK, ROWS):
+            s = k * CHUNK + r + tl.arange(0, ROWS)
+            exists = (s < S)[:, None] & in_c[None, :]
+            X = tl.where(exists, _load(x, shift, n, s, c, exists, S, C, per_shift, SHIFT), 0.0)
+            count = tl.minimum(tl.maximum(S - k * CHUNK - r, 0), ROWS) * 1.0
+            tile_mean = tl.sum(X, 0) / tl.maximum(count, 1.0)
+            away = tl.where(exists, X - tile_mean[None, :], 0.0)
+            step = tile_mean - mean
+            share = count / tl.maximum(r + count, 1.0)
+            square += tl.sum(away * away, 0) + step * step * (r * share)
+            mean += step * share
+        at = (n * chunks + k) * C + c
+        tl.store(means + at, mean, in_c)
+        tl.store(squares + at, square, in_c)
+
+    @triton.jit
+    def _group(C, GROUPS, chunks, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+        i = tl.program_id(0)
+        n, g = i // GROUPS, i % GROUPS
+        width = C // GROUPS
+        k, c = tl.arange(0, CHUNKS), tl.arange(0, WIDTH)
+        exists = (k < chunks)[:, None] & (c < width)[None, :]
+        return i, (n * chunks + k)[:, None] * C + (g * width + c)[None, :], exists, g * width + c, c < width, k, width
+
+    @triton.jit
+    def _statistics(
+        means, squares, mean, inverse, eps, S, C, GROUPS, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr
+    ):
+        i, at, exists, c, in_c, k, width = _group(C, GROUPS, chunks, CHUNKS, WIDTH)
+        M, Q = tl.load(means + at, exists, 0.0), tl.load(squares + at, exists, 0.0)
+        count = tl.where(exists, tl.minimum(tl.maximum(S - k * CHUNK, 0), CHUNK)[:, None].to(tl.float32), 0.0)
+        total = S * 1.0 * width
+        m = tl.sum(tl.sum(M * count, 1), 0) / total
+        variance = tl.sum(tl.sum(Q + count * (M - m) * (M - m), 1), 0) / total
+        tl.store(mean + i, m)
+        tl.store(inverse + i, 1.0 / tl.sqrt(variance + eps))
+
+    @triton.jit
+    def _mix(h):
+        h = (h ^ (h >> 16)) * 0x7FEB352D
+        h = (h ^ (h >> 15)) * 0x846CA68B
+        return h ^ (h >> 16)
+
+    @triton.jit
+    def _kept(seed, n, s, c, S, C, limit):
+        place = ((n * S + s)[:, None] * C + c[None, :]).to(tl.uint32)
+        first, second = tl.load(seed).to(tl.uint32, bitcast=True), tl.load(seed + 1).to(tl.uint32, bitcast=True)
+        hashed = _mix(_mix(place ^ first) + second)
+        return (hashed ^ 0x80000000).to(tl.int32, bitcast=True) >= limit
+
+    @triton.jit
+    def _normalised(X, weight, bias, mean, inverse, n, c, in_c, C, GROUPS):
+        g = n * GROUPS + c // (C // GROUPS)
+        m, i = tl.load(mean + g, in_c, 0.0), tl.load(inverse + g, in_c, 0.0)
+        w, b = tl.load(weight + c, in_c, 0.0).to(tl.float32), tl.load(bias + c, in_c, 0.0).to(tl.float32)
+        hat = (X - m[None, :]) * i[None, :]
+        return hat, hat * w[None, :] + b[None, :], w, i
+
+    @triton.jit
+    def _result(
+        x, shift, weight, bias, mean, inverse, seed, y, S, C, GROUPS, chunks, blocks, per_shift, limit, survivors,
+        CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
+    ):  # fmt: skip
+        n, k, c, in_c = _place(C, chunks, blocks, BLOCK)
+        for r in range(0, CHUNK, ROWS):
+            s = k * CHUNK + r + tl.arange(0, ROWS)
+            exists = (s < S)[:, None] & in_c[None, :]
+            X = _load(x, shift, n, s, c, exists, S, C, per_shift, SHIFT)
+            hat, z, w, i = _normalised(X, weight, bias, mean, inverse, n, c, in_c, C, GROUPS)
+            if SILU:
+                z = z * tl.sigmoid(z)
+            if DROPOUT:
+                z = tl.where(_kept(seed, n, s, c, S, C, limit), z * survivors, 0.0)
+            tl.store(y + (n.to(tl.int64) * S + s[:, None]) * C + c[None, :], z.to(y.dtype.element_ty), exists)
+
+    @triton.jit
+    def _before(
+        x, shift, weight, bias, mean, inverse, seed, grad, n, s, c, in_c, exists, S, C, GROUPS, per_shift, limit, survivors,
+        SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
+    ):  # fmt: skip
+        """x^ and the gradient of the normalised, scaled values, with dropout and SiLU undone."""
+        X = _load(x, shift, n, s, c, exists, S, C, per_shift, SHIFT)
+        hat, z, w, i = _normalised(X, weight, bias, mean, inverse, n, c, in_c, C, GROUPS)
+        G = tl.load(grad + (n.to(tl.int64) * S + s[:, None]) * C + c[None, :], exists, 0.0).to(tl.float32)
+        if DROPOUT:
+            G = tl.where(_kept(seed, n, s, c, S, C, limit), G * survivors, 0.0)
+        if SILU:
+            sigmoid = tl.sigmoid(z)
+            G = G * sigmoid * (1.0 + z * (1.0 - sigmoid))
+        return tl.where(exists, hat, 0.0), G, w, i
+
+    @triton.jit
+    def _sums(
+        x, shift, weight, bias, mean, inverse, seed, grad, sums, sums_hat, S, C, GROUPS, chunks, blocks, per_shift, limit, survivors,
+        CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
+    ):  # fmt: skip
+        n, k, c, in_c = _place(C, chunks, blocks, BLOCK)
+        total = tl.zeros((BLOCK,), tl.float32)
+        total_hat = tl.zeros((BLOCK,), tl.float32)
+        for r in range(0, CHUNK, ROWS):
+            s = k * CHUNK + r + tl.arange(0, ROWS)
+            exists = (s < S)[:, None] & in_c[None, :]
+            hat, G, w, i = _before(
+                x, shift, weight, bias, mean, inverse, seed, grad, n, s, c, in_c, exists, S, C, GROUPS, per_shift, limit, survivors,
+                SHIFT, SILU, DROPOUT,
+            )  # fmt: skip
+            total += tl.sum(G, 0)
+            total_hat += tl.sum(G * hat, 0)
+        at = (n * chunks + k) * C + c
+        tl.store(sums + at, total, in_c)
+        tl.store(sums_hat + at, total_hat, in_c)
+
+    @triton.jit
+    def _along(sums, sums_hat, weight, ones, hats, S, C, GROUPS, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+        """The gradient's part along the constant and along x^, which normalisation removes."""
+        i, at, exists, c, in_c, k, width = _group(C, GROUPS, chunks, CHUNKS, WIDTH)
+        w = tl.load(weight + c, in_c, 0.0).to(tl.float32)
+        total = S * 1.0 * width
+        tl.store(ones + i, tl.sum(tl.sum(tl.load(sums + at, exists, 0.0), 0) * w, 0) / total)
+        tl.store(hats + i, tl.sum(tl.sum(tl.load(sums_hat + at, exists, 0.0), 0) * w, 0) / total)
+
+    @triton.jit
+    def _gradient(
+        x, shift, weight, bias, mean, inverse, seed, grad, ones, hats, residual, dx, of_shift,
+        S, C, GROUPS, chunks, blocks, per_shift, limit, survivors,
+        CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
+        RESIDUAL: tl.constexpr,
+    ):  # fmt: skip
+        n, k, c, in_c = _place(C, chunks, blocks, BLOCK)
+        g = n * GROUPS + c // (C // GROUPS)
+        one, along_hat = tl.load(ones + g, in_c, 0.0), tl.load(hats + g, in_c, 0.0)
+        total = tl.zeros((BLOCK,), tl.float32)
+        for r in range(0, CHUNK, ROWS):
+            s = k * CHUNK + r + tl.arange(0, ROWS)
+            exists = (s < S)[:, None] & in_c[None, :]
+            hat, G, w, i = _before(
+                x, shift, weight, bias, mean, inverse, seed, grad, n, s, c, in_c, exists, S, C, GROUPS, per_shift, limit, survivors,
+                SHIFT, SILU, DROPOUT,
+            )  # fmt: skip
+            D = i[None, :] * (G * w[None, :] - one[None, :] - hat * along_hat[None, :])
+            at = (n.to(tl.int64) * S + s[:, None]) * C + c[None, :]
+            if SHIFT:
+                total += tl.sum(tl.where(exists, D, 0.0), 0)
+            if RESIDUAL:
+                D += tl.load(residual + at, exists, 0.0).to(tl.float32)
+            tl.store(dx + at, D.to(dx.dtype.element_ty), exists)
+        if SHIFT:
+            tl.store(of_shift + (n * chunks + k) * C + c, total, in_c)

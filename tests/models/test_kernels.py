@@ -1,0 +1,125 @@
+"""The Triton kernels beside their plain twins in float64, by Triton's interpreter: the very code that a GPU compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_unets import TWO_LEVELS, inputs, randomize
+from torch import Tensor
+
+from t2v.models.kernels import Fusable, PlannedGPU, planned_gpu
+from t2v.models.kernels.geglu import fused_geglu, plain_geglu
+from t2v.models.kernels.group_norm import fused_group_norm, keep_mask, plain_group_norm
+from t2v.models.kernels.layer_norm import fused_add_layer_norm, plain_add_layer_norm
+from t2v.models.kernels.temporal_attention import FusedTemporalAttention, PlainTemporalAttention
+from t2v.models.unet import VideoUNet
+
+pytest.importorskip("triton")
+BOUND = 1e-5  # float32 against float64
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+def compare(fused: Callable[..., Any], plain: Callable[..., Any], *arguments: Tensor | None) -> None:
+    """Outputs, and the gradients of a random functional of all of them."""
+    torch.manual_seed(1)
+    found, expected = fused(*arguments), plain(*(None if a is None else a.double() for a in arguments))
+    assert len(found) == len(expected)
+    weights = [torch.randn(y.shape) for y in found]
+    leaves = [a for a in arguments if a is not None]
+    gradients = [
+        torch.autograd.grad(sum((w * y).sum() for w, y in zip(weights, ys, strict=True)), leaves)  # type: ignore[arg-type]
+        for ys in (found, expected)
+    ]
+    for a, b in (*zip(found, expected, strict=True), *zip(*gradients, strict=True)):
+        assert (a - b).abs().max() <= BOUND * max(1.0, b.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("n", "s", "c", "groups", "silu", "shifts", "dropout"),
+    [(2, 5, 32, 4, True, 0, 0.0), (4, 300, 48, 8, True, 2, 0.1), (3, 520, 20, 4, False, 0, 0.0), (2, 70, 40, 4, True, 1, 0.3)],
+)
+def test_group_norm(n: int, s: int, c: int, groups: int, silu: bool, shifts: int, dropout: float) -> None:
+    torch.manual_seed(0)
+    seed = torch.tensor([123_456_789, -987_654_321], dtype=torch.int32)
+    options: dict[str, Any] = {"silu": silu, "dropout": dropout, "seed": seed}
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        return fused_group_norm(x, weight, bias, groups, 1e-5, shift=shift, **options)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        return plain_group_norm(x, weight, bias, groups, 1e-5, shift=shift, **options), x
+
+    x = (torch.randn(n, s, c) * 2 + 30).requires_grad_()  # a mean far from zero: squares of the values would lose it
+    compare(fused, plain, x, randn(c), randn(c), randn(shifts, c) if shifts else None)
+
+
+def test_the_masks_of_dropout_are_random() -> None:
+    size, seed = 200_000, torch.tensor([7, -8], dtype=torch.int32)
+    masks = [keep_mask(size, 0.1, s).double() for s in (seed, seed + 1, seed * 3)]
+    for mask in masks:
+        assert abs(mask.mean() - 0.9) < 4 * (0.09 / size) ** 0.5
+        for lag in (1, 2, 3, 32, 320):
+            assert abs(torch.corrcoef(torch.stack([mask[:-lag], mask[lag:]]))[0, 1]) < 5 / size**0.5
+    assert torch.corrcoef(torch.stack(masks)).triu(1).abs().max() < 5 / size**0.5
+
+
+@pytest.mark.parametrize(("d", "branch", "offset"), [(40, False, False), (40, True, True), (300, True, False)])
+def test_layer_norm_of_a_sum(d: int, branch: bool, offset: bool) -> None:
+    torch.manual_seed(0)
+    arguments = randn(2, 37, d), randn(2, 37, d) if branch else None, randn(d) if offset else None, randn(d), randn(d)
+    compare(lambda *a: fused_add_layer_norm(*a, 1e-5), lambda *a: plain_add_layer_norm(*a, 1e-5), *arguments)
+
+
+@pytest.mark.parametrize("d", [32, 50])
+def test_geglu(d: int) -> None:
+    torch.manual_seed(0)
+    compare(lambda *a: (fused_geglu(*a),), lambda *a: (plain_geglu(*a),), randn(3, 50, 2 * d), randn(2 * d))
+
+
+@pytest.mark.parametrize("f", [2, 16, 20])
+def test_temporal_attention(f: int) -> None:
+    torch.manual_seed(0)
+    compare(lambda qkv: (FusedTemporalAttention.apply(qkv),), lambda qkv: (PlainTemporalAttention.apply(qkv),), randn(2, f, 3, 3, 2, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("f", [1, 3])
+def test_a_network_of_kernels_is_the_network(monkeypatch: pytest.MonkeyPatch, f: int) -> None:
+    """Outputs and gradients of the way that a GPU takes, biases added by the next layer and all."""
+    network = VideoUNet(**TWO_LEVELS, temporal_dropout=0.0)
+    randomize(network)
+    arguments = tuple(a.float() for a in inputs(2, f, 4, 4))
+    y = network(*arguments)
+    expected = torch.autograd.grad(y.square().sum(), list(network.parameters()))
+    monkeypatch.setattr(Fusable, "fused", lambda self, x: self.fused_kernels)
+    found = network(*arguments)
+    assert (found - y).abs().max() <= BOUND * y.abs().max()
+    for (name, _), a, b in zip(
+        network.named_parameters(), torch.autograd.grad(found.square().sum(), list(network.parameters())), expected, strict=True
+    ):
+        assert (a - b).abs().max() <= 3e-4 * max(1e-2, b.abs().max()), name
+
+
+def test_on_meta_the_planned_gpu_decides() -> None:
+    with torch.device("meta"):
+        network = VideoUNet(**TWO_LEVELS)
+        arguments = tuple(a.float().to("meta") for a in inputs(2, 3, 4, 4))
+
+    def kept() -> int:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.untyped_storage().nbytes()) or x, lambda x: x):
+            network(*arguments).sum().backward()
+        return sum(sizes)
+
+    plain = kept()
+    token = planned_gpu.set(PlannedGPU(autocast=None))
+    try:
+        assert kept() < 0.85 * plain  # parameters among them
+    finally:
+        planned_gpu.reset(token)
