@@ -229,6 +229,7 @@ def truths(specs: Sequence[Spec], num_frames: int, fps: float, size: int, proces
     return in_parallel(partial(truth, num_frames=min(num_frames, longest), fps=fps, size=size), list(specs), processes)
 
 
+@cache
 def truth(spec: Spec, num_frames: int, fps: float, size: int) -> Seen:
     return check(render(spec, num_frames, fps, size), fps)
 

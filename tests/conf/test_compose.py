@@ -69,19 +69,7 @@ def test_experiment_matches_the_signatures_it_feeds(experiment: str) -> None:
 
 GROUPS = [
     (group, option)
-    for group in (
-        "data",
-        "mixture",
-        "unet",
-        "autoencoder",
-        "text_encoder",
-        "init",
-        "schedule",
-        "objective",
-        "timesteps",
-        "sampler",
-        "optimizer",
-    )
+    for group in ("data", "mixture", "unet", "autoencoder", "text_encoder", "init", "schedule", "objective", "sampler", "optimizer")
     for option in names(group)
 ] + [
     (group, option)

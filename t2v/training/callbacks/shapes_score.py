@@ -4,26 +4,43 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, Trainer
+from torch import nn
 
 from t2v.data.checker import Score, Seen, compare, look, truths
 from t2v.data.shapes import held_out_specs
+from t2v.diffusion.guidance import ClassifierFreeGuidance
 from t2v.diffusion.sampling import Sampler
+from t2v.pipeline import TextToVideoPipeline
 from t2v.training.tensorboard import add_text
 
 SCORES = "scores.jsonl"
+
+
+@contextmanager
+def at_rest(network: nn.Module) -> Iterator[None]:
+    """In eval mode; then as before."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
 
 
 class ShapesScore(Callback):
     """At the end, and every `every_n_steps` optimizer steps if given, score `num_prompts` held-out prompts.
 
     `kind` is the deck of `held_out_specs`: "mixed" holds unseen colour-shape pairs among the seen ones. Ranks generate a part each.
-    `name` stands before each metric, as in score/all; several scores beside each other need names of their own. `processes` check videos at
-    the same time.
+    `name` stands before each metric, as in score/all; several scores beside each other need names of their own. `guidance` is another scale
+    than the sampler's, `ema=False` scores the weights that are trained instead of their average. `processes` check videos at the same time.
     """
 
     def __init__(
@@ -37,10 +54,14 @@ class ShapesScore(Callback):
         seed: int = 0,
         name: str = "score",
         processes: int = 1,
+        guidance: float | None = None,
+        ema: bool = True,
     ) -> None:
         self.specs = held_out_specs(num_prompts, seed, kind)  # type: ignore[arg-type]
         self.every_n_steps = every_n_steps
         self.sampler = sampler
+        self.guidance = None if guidance is None else ClassifierFreeGuidance(guidance)
+        self.ema = ema
         self.num_frames = num_frames
         self.batch_size = batch_size
         self.kind = kind
@@ -75,7 +96,7 @@ class ShapesScore(Callback):
                 trainer.logger.log_metrics(metrics, trainer.global_step)
             add_text(trainer, self.name, str(result))
             record: dict[str, Any] = {"name": self.name, "step": trainer.global_step, "seconds": time.perf_counter() - started}
-            record |= {"kind": self.kind, "frames": videos[0].shape[0], "score": result.as_dict()}
+            record |= {"kind": self.kind, "frames": videos[0].shape[0], "ema": self.ema, "score": result.as_dict()}
             with (Path(trainer.default_root_dir) / SCORES).open("a") as file:
                 file.write(json.dumps(record) + "\n")
         return Score(result.rows, f"{self.name}: {self.kind} prompts, {videos[0].shape[0]} frames")
@@ -85,11 +106,14 @@ class ShapesScore(Callback):
         n, world = len(self.specs), trainer.world_size
         share = -(-n // world)  # equal on all ranks, as a sharded network runs on all of them: the last ones repeat
         mine = [min(trainer.global_rank + k * world, n - 1) for k in range(share)]
-        frames = {} if self.num_frames is None else {"num_frames": self.num_frames}
-        with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
-            videos = module.pipeline(self.sampler)(
-                [self.specs[i].caption for i in mine], seed=self.seed, indices=mine, batch_size=self.batch_size, **frames
-            )
+        pipeline: TextToVideoPipeline = module.pipeline(self.sampler)
+        if self.guidance is not None:
+            pipeline.sampler = replace(pipeline.sampler, guidance=self.guidance)
+        if not self.ema:
+            pipeline.unet = module.unet
+        captions = [self.specs[i].caption for i in mine]
+        with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context(), at_rest(pipeline.unet):
+            videos = pipeline(captions, seed=self.seed, indices=mine, batch_size=self.batch_size, num_frames=self.num_frames)
         parts: list[Any] = [videos]
         if world > 1:
             parts = [None] * world

@@ -1,0 +1,62 @@
+"""What a score callback asks of the model, and what it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from t2v.data.shapes import held_out_specs, render
+from t2v.diffusion.sampling import Sampler
+from t2v.training.callbacks.shapes_score import ShapesScore
+
+
+class RealClips:
+    """In place of a pipeline: the truth, and a note of how it was asked."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.unet, self.sampler, self.asked = unet, Sampler("ddim", 2), SimpleNamespace()
+        self.clips = {spec.caption: spec for spec in held_out_specs(6, kind="unseen")}
+
+    def __call__(self, captions: list[str], num_frames: int | None, **options: Any) -> Tensor:
+        self.asked = SimpleNamespace(scale=self.sampler.guidance.scale, unet=self.unet, training=self.unet.training, frames=num_frames)
+        return torch.stack([render(self.clips[caption], num_frames or 8) for caption in captions])
+
+
+@pytest.fixture
+def module() -> Any:
+    trained, average = nn.Linear(1, 1), nn.Linear(1, 1).eval()
+    pipeline = RealClips(average)
+    return SimpleNamespace(unet=trained, ema_unet=average, sample={"fps": 3}, pipeline=lambda sampler: pipeline, made=pipeline)
+
+
+def trainer(folder: Path) -> Any:
+    rank = {"global_rank": 0, "world_size": 1, "is_global_zero": True}
+    places = {"default_root_dir": folder, "logger": None, "loggers": [], "callback_metrics": {}, "global_step": 5}
+    return SimpleNamespace(
+        **rank, precision_plugin=plain, callback_metrics={}, logger=None, loggers=[], global_step=5, default_root_dir=folder
+    )
+
+
+def test_real_clips_score_one_under_the_callback_s_name(tmp_path: Path, module: Any) -> None:
+    run = trainer(tmp_path)
+    result = ShapesScore(6, kind="unseen", name="unseen", num_frames=8).evaluate(run, module)
+    assert result["all"].accuracy == result["all"].ceiling == 1.0
+    assert str(result).startswith("unseen: unseen prompts, 8 frames\n")
+    assert run.callback_metrics["unseen/all"] == 1.0
+    record = json.loads((tmp_path / "scores.jsonl").read_text())
+    assert (record["name"], record["step"], record["kind"], record["frames"], record["ema"]) == ("unseen", 5, "unseen", 8, True)
+    assert module.made.asked.unet is module.ema_unet
+
+
+def test_another_guidance_and_the_trained_weights(tmp_path: Path, module: Any) -> None:
+    ShapesScore(6, kind="unseen", guidance=3.0, ema=False).evaluate(trainer(tmp_path), module)
+    assert module.made.asked.scale == 3.0
+    assert module.made.asked.unet is module.unet
+    assert not module.made.asked.training  # dropout is off while it samples ...
+    assert module.unet.training  # ... and on again afterwards
