@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2v.benchmarks.measuring import Row, attempt, ceilings, default_device, peak_memory, speed, tflop, timed, write_profile
+from t2v.benchmarks.measuring import Row, attempt, ceilings, default_device, peak_memory, speed, timed, write_profile
 from t2v.benchmarks.random_parts import kl_config, random_autoencoder, random_kl
-from t2v.models.autoencoder import Autoencoder, empty_autoencoder
+from t2v.models.autoencoder import Autoencoder
 from t2v.pipeline import default_dtype
+from t2v.training.operations import autoencoder_tflop
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,7 +52,8 @@ def encode(
     kind = default_dtype(place) if dtype is None else DTYPES[dtype]
     best = ceilings(place)
     rows: list[Row] = [{"what": "ceiling", **best}] if best else []
-    work = dict(zip(("encode", "decode"), coding_tflop(config, place, frames, size), strict=True))
+    tflop = autoencoder_tflop(kl_config(config, place), (4, frames, size, size))
+    work = dict(zip(("encode", "decode"), tflop, strict=True))
     networks: dict[str, Callable[[], Any]] = {"t2v": partial(our_coder, config, place, kind, options or {})}
     if versus:
         networks["diffusers"] = partial(peers_coder, config, place, kind, compile_peer)
@@ -118,11 +120,3 @@ def peers_coder(config: Mapping[str, Any] | None, device: torch.device, dtype: t
         kl.encoder.compile()
         kl.decoder.compile()
     return Peer(kl)
-
-
-def coding_tflop(config: Mapping[str, Any] | None, device: torch.device, frames: int, size: int) -> tuple[float, float]:
-    """TFLOP of encoding and of decoding one clip; the network is the one that `random_kl` would build there."""
-    on_meta = Autoencoder(empty_autoencoder(kl_config(config, device)))
-    pixels = torch.empty(1, frames, on_meta.factor * size, on_meta.factor * size, 3, dtype=torch.uint8, device="meta")
-    latents = torch.empty(1, on_meta.channels, frames, size, size, device="meta")
-    return tflop(lambda: on_meta.moments(pixels)), tflop(lambda: on_meta.decode(latents))

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+
+from t2v.training.operations import ceiling_tflop_per_s
 
 Row = dict[str, Any]
 
@@ -106,34 +107,16 @@ def peak_memory(device: torch.device) -> Row:
     return {"peak_GB": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
 
 
-def tflop(call: Callable[[], Any]) -> float:
-    """Floating point operations of matrix products, convolutions and attention, in units of 10^12; for tensors on meta, too."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops() / 1e12
-
-
-def unet_tflop(config: Mapping[str, Any], frames: int, size: int, tokens: int = 77) -> float:
-    """TFLOP of the network's forward pass for one clip of latents (c frames size size). Its backward pass is twice that."""
-    from t2v.models.unet import VideoUNet
-
-    with torch.device("meta"):
-        unet = VideoUNet(**{**config, "attention_backend": "sdpa"}).eval()
-        sample = torch.empty(1, unet.config["in_channels"], frames, size, size)
-        text = torch.empty(1, tokens, unet.config["cross_attention_dim"])
-        return tflop(lambda: unet(sample, torch.zeros(1, dtype=torch.long), text))
-
-
 def ceilings(device: torch.device, rounds: int = 20) -> dict[str, float]:
     """What this GPU reaches at best: a bf16 product of random 8192 x 8192 matrices, and copying 2 GiB (read and written). {} on a CPU."""
     if device.type != "cuda":
         return {}
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(2**31, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    product = timed(lambda: torch.mm(a, b), device, rounds=rounds, seconds=5, warmup=20).median_ms
     copy = timed(lambda: target.copy_(source), device, rounds=rounds, seconds=5, warmup=5).median_ms
-    return {"tflop_per_s": 2 * 8192**3 / product / 1e9, "copy_TB_per_s": 2 * source.numel() / copy / 1e9}
+    best = ceiling_tflop_per_s(device)
+    assert best is not None
+    return {"tflop_per_s": best, "copy_TB_per_s": 2 * source.numel() / copy / 1e9}
 
 
 def speed(timing: Timing, items: int, tflop_per_item: float, best: Mapping[str, float], unit: str = "clips") -> Row:

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from t2v.benchmarks.encode import coding_tflop
-from t2v.benchmarks.measuring import Row, attempt, ceilings, default_device, peak_memory, speed, timed, unet_tflop, write_profile
+from t2v.benchmarks.measuring import Row, attempt, ceilings, default_device, peak_memory, speed, timed, write_profile
 from t2v.benchmarks.random_parts import (
     backend_for,
     config_for,
+    kl_config,
     random_autoencoder,
     random_kl,
     random_peer,
@@ -29,6 +29,7 @@ from t2v.diffusion.sampling import Sampler
 from t2v.models.frozen import Frozen
 from t2v.models.text_encoder import TOKENS
 from t2v.pipeline import TextToVideoPipeline, default_dtype
+from t2v.training.operations import autoencoder_tflop, unet_tflop
 
 PROMPT = "a red circle moving left slowly on a black background"
 STEPS = {"ddim": 50, "dpm++": 20}
@@ -62,8 +63,9 @@ def sample(
     config = config_for(place, config)
     best = ceilings(place)
     rows: list[Row] = [{"what": "ceiling", **best}] if best else []
-    a_step = 2 * unet_tflop(config, frames, size)
-    decoding = coding_tflop(None, place, frames, size)[1]
+    latents = (4, frames, size, size)
+    a_step = 2 * unet_tflop(config, latents, (TOKENS, config.get("cross_attention_dim", 1024)))
+    decoding = autoencoder_tflop(kl_config(None, place), latents)[1]
     shape = (frames, size)
     networks: dict[str, Callable[[], Any]] = {"t2v": partial(our_pipeline, config, place, shape, attention_backend, cuda_graph, compile)}
     if versus:

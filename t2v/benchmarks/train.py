@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 
 from t2v.batch import ClipBatch
-from t2v.benchmarks.encode import coding_tflop
-from t2v.benchmarks.measuring import Row, attempt, ceilings, default_device, peak_memory, speed, timed, unet_tflop, write_profile
-from t2v.benchmarks.random_parts import backend_for, config_for, random_autoencoder, random_peer, random_text_encoder, random_unet
+from t2v.benchmarks.measuring import Row, attempt, ceilings, default_device, peak_memory, speed, timed, write_profile
+from t2v.benchmarks.random_parts import (
+    backend_for,
+    config_for,
+    kl_config,
+    random_autoencoder,
+    random_peer,
+    random_text_encoder,
+    random_unet,
+)
 from t2v.diffusion.objective import DenoisingLoss
 from t2v.diffusion.sampling import Sampler
 from t2v.models.autoencoder import SD_CONFIG, Autoencoder, empty_autoencoder
@@ -25,6 +32,7 @@ from t2v.models.convolution import channels_last as lay_out
 from t2v.models.text_encoder import TOKENS, TextEncoder, empty_tower
 from t2v.training.ema import EMA
 from t2v.training.module import TextToVideoModule
+from t2v.training.operations import autoencoder_tflop, unet_tflop
 
 OPTIMIZER: dict[str, Any] = {"lr": 5.0e-5, "betas": (0.9, 0.999), "eps": 1.0e-8, "weight_decay": 0.0, "fused": True}  # optimizer/adamw.yaml
 
@@ -62,7 +70,9 @@ def train(
     config = config_for(place, config)
     best = ceilings(place)
     rows: list[Row] = [{"what": "ceiling", **best}] if best else []
-    work = 3 * unet_tflop(config, frames, size) + (coding_tflop(None, place, frames, size)[0] if fed == "pixels" else 0)
+    latents = (4, frames, size, size)
+    work = 3 * unet_tflop(config, latents, (TOKENS, config.get("cross_attention_dim", 1024)))
+    work += autoencoder_tflop(kl_config(None, place), latents)[0] if fed == "pixels" else 0
     step_of = {"t2v": partial(our_step, fed, gradient_checkpointing, attention_backend, channels_last, compile)}
     if versus:
         step_of["diffusers"] = partial(peers_step, compile_peer)

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from t2v.benchmarks import encode as encoding
-from t2v.benchmarks.encode import coding_tflop, encode
-from t2v.benchmarks.measuring import unet_tflop
-from t2v.benchmarks.random_parts import SMALL
+from t2v.benchmarks.encode import encode
+from t2v.benchmarks.random_parts import SMALL, kl_config
 from t2v.benchmarks.sample import sample
+from t2v.training.operations import autoencoder_tflop, unet_tflop
 
 CPU = torch.device("cpu")
 QUICK: dict[str, Any] = {"frames": 2, "size": 4, "rounds": 1, "seconds": 5, "device": "cpu"}
@@ -25,7 +25,7 @@ def test_a_row_for_each_sampler_number_of_prompts_and_network(tmp_path: Path) ->
         (name, sampler, batch) for name in ("t2v", "diffusers") for sampler in ("ddim", "dpm++") for batch in (1, 2)
     ]
     for row in rows:
-        work = row["steps"] * 2 * unet_tflop(SMALL, 2, 4) + coding_tflop(None, CPU, 2, 4)[1]
+        work = row["steps"] * 2 * unet_tflop(SMALL, (4, 2, 4, 4), (77, 64)) + autoencoder_tflop(kl_config(None, CPU), (4, 2, 4, 4))[1]
         assert row["tflop_per_s"] == pytest.approx(row["clips_per_s"] * work)
     assert "aten::addmm" in (tmp_path / "kernels.txt").read_text()
 

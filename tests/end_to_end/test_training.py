@@ -65,7 +65,15 @@ def test_whole_run_report_and_refusals(trainings: Trainings) -> None:
     scalars = events.Tags()["scalars"]
     for tag in ("loss/image", "loss/video", "optimizer/lr_spatial", "optimizer/gradient_norm", "optimizer/update_to_weight_temporal"):
         assert tag in scalars
-    for tag in ("speed/clips_per_second", "speed/images_per_second", "speed/data_wait", "memory/peak_gb", "score/colour"):
+    for tag in (
+        "speed/clips_per_second",
+        "speed/images_per_second",
+        "speed/data_wait",
+        "speed/tflop_per_second_per_gpu",
+        "speed/startup_seconds",
+        "memory/peak_gb",
+        "score/colour",
+    ):
         assert tag in scalars
     assert any(tag.startswith("loss_by_timestep/video_q") for tag in scalars)
     assert "samples" in events.Tags()["images"]

@@ -16,29 +16,49 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from t2v.batch import ClipBatch
+from t2v.training.operations import autoencoder_tflop, ceiling_tflop_per_s, unet_tflop
 from t2v.training.sharding import is_sharded, local
 
 QUANTILES = 4
+Shapes = tuple[tuple[int, ...], tuple[int, ...], bool]
+"""Latents (c f h w) and text (n d) of a sample, and whether the training encodes it."""
 
 
 class TrainingLog(Callback):
     """Every `every_n_steps` optimizer steps: loss of images and of videos, loss by quarter of the timesteps, learning rate, gradient norm,
-    update-to-weight ratio, clips/s and images/s, share of the time spent waiting for data, peak memory, skipped samples by reason."""
+    update-to-weight ratio, clips/s and images/s, share of the time spent waiting for data, peak memory, skipped samples by reason; for each
+    GPU clips/s, images/s, TFLOP/s and their share of the ceiling.
 
-    def __init__(self, every_n_steps: int = 10) -> None:
+    TFLOP/s are of the network (forward, and twice that backward) and of the autoencoder where it encodes, counted once for each shape;
+    what is recomputed to save memory does not count. `ceiling` is the best that one GPU reaches, in TFLOP/s; measured if None. Logged once:
+    seconds from the trainer's set-up to the end of the first step, and of these the first step's own, with all compiling.
+    """
+
+    def __init__(self, every_n_steps: int = 10, ceiling: float | None = None) -> None:
         if every_n_steps < 1:
             raise ValueError(f"callbacks.training_log.every_n_steps is {every_n_steps}: it must be at least 1")
+        if ceiling is not None and ceiling <= 0:
+            raise ValueError(f"callbacks.training_log.ceiling is {ceiling}: it is in TFLOP/s, above 0; leave it out to have it measured")
         self.every_n_steps = every_n_steps
+        self.ceiling = ceiling
+        self.trained: Counter[Shapes] = Counter()  # samples on this rank since the last log
+        self.work: dict[Shapes, float] = {}  # TFLOP of training on one sample
+        self.first_step: dict[str, float] = {}  # its scalars, until they are logged
         self.bad: Counter[tuple[str, str]] = Counter()
         self.seen: Counter[str] = Counter()
         self.losses: list[tuple[str, Tensor, Tensor]] = []  # (stream, timesteps, losses) since the last log
         self.waited = 0.0
-        self.since = self.batch_ended = time.perf_counter()
-        self.logged_step = 0
+        self.since = self.batch_ended = self.set_up_at = time.perf_counter()
+        self.logged_step = self.started_at = 0
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        self.set_up_at = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.ceiling is None:
+            self.ceiling = ceiling_tflop_per_s(module.device)
         self.since = self.batch_ended = time.perf_counter()
-        self.logged_step = trainer.global_step
+        self.logged_step = self.started_at = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: dict[str, ClipBatch], batch_idx: int) -> None:
         self.waited += time.perf_counter() - self.batch_ended
@@ -49,8 +69,15 @@ class TrainingLog(Callback):
             self.bad.update(clips.bad)
             if clips.bad_examples:
                 self._write_examples(trainer, clips.bad_examples)
-        self.losses += [(m.stream, m.timestep[: len(m.losses)], m.losses) for m in module.micro_batches[-len(batch) :]]
+        micro_batches = module.micro_batches[-len(batch) :]
+        self.losses += [(m.stream, m.timestep[: len(m.losses)], m.losses) for m in micro_batches]
+        for m, clips in zip(micro_batches, batch.values(), strict=True):
+            shapes = tuple(m.encoded.latents.shape[1:]), tuple(m.encoded.text.shape[1:]), not clips.frames.is_floating_point()
+            self.trained[shapes] += len(clips)
         step = trainer.global_step
+        if step == self.started_at + 1 and self.logged_step == self.started_at and not self.first_step:
+            now = time.perf_counter()
+            self.first_step = {"speed/startup_seconds": now - self.set_up_at, "speed/first_step_seconds": now - self.since}
         if step > self.logged_step and step % self.every_n_steps == 0:
             self.logged_step = step
             self._log(trainer, module, step)
@@ -60,7 +87,8 @@ class TrainingLog(Callback):
         now = time.perf_counter()
         scalars = _mean_losses(self.losses, module.objective.schedule.num_timesteps, module.device)
         self.losses.clear()
-        seen = torch.tensor([float(self.seen["image"]), float(self.seen["video"])], device=module.device)
+        counted_in, done = self._count(module)
+        seen = torch.tensor([float(self.seen["image"]), float(self.seen["video"]), done], device=module.device)
         if _distributed():
             dist.all_reduce(seen)
         for group in trainer.optimizers[0].param_groups:
@@ -68,7 +96,14 @@ class TrainingLog(Callback):
             scalars[f"optimizer/update_to_weight_{group['name']}"] = update_to_weight(trainer.optimizers[0], group)
         if module.gradient_norm is not None:
             scalars["optimizer/gradient_norm"] = float(module.gradient_norm)
-        scalars["speed/images_per_second"], scalars["speed/clips_per_second"] = (seen / (now - self.since)).tolist()
+        images, clips, tflop = (seen / (now - self.since)).tolist()
+        scalars["speed/images_per_second"], scalars["speed/clips_per_second"] = images, clips
+        per_gpu = {"images_per_second": images, "clips_per_second": clips, "tflop_per_second": tflop}
+        scalars |= {f"speed/{name}_per_gpu": value / trainer.world_size for name, value in per_gpu.items()}
+        if self.ceiling is not None:
+            scalars["speed/of_ceiling"] = tflop / trainer.world_size / self.ceiling
+        scalars |= self.first_step
+        self.first_step = {}
         scalars["speed/data_wait"] = self.waited / (now - self.since)
         scalars["memory/peak_gb"] = peak_memory_gb(module.device)
         for (source, reason), count in self.bad.items():
@@ -78,8 +113,19 @@ class TrainingLog(Callback):
         trainer.callback_metrics.update(
             {name: torch.tensor(value) for name, value in scalars.items() if name.startswith(("loss", "speed"))}
         )
-        self.since, self.waited = now, 0.0
+        self.since, self.waited = now + counted_in, 0.0
         self.seen.clear()
+        self.trained.clear()
+
+    def _count(self, module: Any) -> tuple[float, float]:
+        """Seconds that counting took (some, at the first log), and TFLOP of training on this rank since the last log."""
+        began = time.perf_counter()
+        for shapes in self.trained.keys() - self.work.keys():
+            latents, text, encoded = shapes
+            self.work[shapes] = 3 * unet_tflop(module.unet.config, latents, text)
+            if encoded:
+                self.work[shapes] += autoencoder_tflop(module.frozen.autoencoder.model.config, latents)[0]
+        return time.perf_counter() - began, sum(count * self.work[shapes] for shapes, count in self.trained.items())
 
     def _write_examples(self, trainer: Trainer, examples: list[dict[str, str]]) -> None:
         path = Path(trainer.default_root_dir) / f"bad_samples_rank{trainer.global_rank}.jsonl"
