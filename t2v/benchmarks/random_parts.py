@@ -49,7 +49,7 @@ def randomised(network: nn.Module, device: torch.device, dtype: torch.dtype) -> 
         for parameter in network.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.02)
-    return network.to(device, dtype)
+    return nn.Module.to(network, device, dtype)  # diffusers' own warns of parts to keep in float32, of which there are none
 
 
 def random_unet(config: Mapping[str, Any], device: torch.device, dtype: torch.dtype = torch.float32, **more: Any) -> VideoUNet:
