@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,9 +39,7 @@ def module() -> Any:
 def trainer(folder: Path) -> Any:
     rank = {"global_rank": 0, "world_size": 1, "is_global_zero": True}
     places = {"default_root_dir": folder, "logger": None, "loggers": [], "callback_metrics": {}, "global_step": 5}
-    return SimpleNamespace(
-        **rank, precision_plugin=plain, callback_metrics={}, logger=None, loggers=[], global_step=5, default_root_dir=folder
-    )
+    return SimpleNamespace(**rank, **places, precision_plugin=SimpleNamespace(forward_context=nullcontext))
 
 
 def test_real_clips_score_one_under_the_callback_s_name(tmp_path: Path, module: Any) -> None:
