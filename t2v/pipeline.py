@@ -16,6 +16,7 @@ from t2v.diffusion.randomness import generator_of, normal
 from t2v.diffusion.recording import Recordings
 from t2v.diffusion.sampling import Sampler
 from t2v.diffusion.schedule import NoiseSchedule
+from t2v.models.convolution import channels_last
 from t2v.models.frozen import Frozen
 from t2v.weights import folder_of
 
@@ -82,6 +83,8 @@ class TextToVideoPipeline:
         if self.recordings is not None:
             self.recordings.clear()
         self.unet.to(device=device, dtype=dtype)
+        if torch.device(device).type == "cuda":
+            channels_last(self.unet)
         self.frozen.to(device, dtype)
         return self
 

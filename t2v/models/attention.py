@@ -19,6 +19,7 @@ from t2v.models.convolution import GroupNorm
 from t2v.models.kernels import Fusable
 from t2v.models.kernels.geglu import fused_geglu
 from t2v.models.kernels.layer_norm import fused_add_layer_norm
+from t2v.models.kernels.residual import fused_residual_sum
 from t2v.models.kernels.temporal_attention import temporal_attention
 from t2v.models.timestep import sinusoid
 
@@ -123,7 +124,8 @@ class TemporalAttention(Attention):
             x = x + sinusoid(torch.arange(f, device=x.device), d).to(x.dtype)[:, None]
         if f == 1:  # the softmax over one key is 1
             y, bias = self.out(self.to_v(x))
-            return (y + self.untouched(x) if torch.is_grad_enabled() else y), bias
+            zero = self.untouched(x)
+            return (y + zero, None) if bias is None else (y, bias + zero)
         return self.out(self.attend_over_frames(x).reshape(b, f, n, -1))
 
     def attend_over_frames(self, x: Tensor) -> Tensor:
@@ -136,6 +138,8 @@ class TemporalAttention(Attention):
 
     def untouched(self, x: Tensor) -> Tensor:
         """An exact zero through the projections of queries and keys, which one frame does not need: their gradients are 0, not None."""
+        if not torch.is_grad_enabled():
+            return x.new_zeros(())
         token = x[:1, :, :1]
         return 0.0 * (self.to_q(token).sum() + self.to_k(token).sum())
 
@@ -149,14 +153,16 @@ def over_frames(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """GEGLU, four times as wide inside: (... d) -> (... d)."""
+    """GEGLU, four times as wide inside, and the residual sum: (... d), (... d) -> (... d)."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), OutLinear(4 * width, width)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + feed_forward(y)."""
+        last: Any = self.net[2]
+        return last.add(x, self.net[0](y))
 
 
 class GEGLU(Fusable):
@@ -183,8 +189,16 @@ class LayerNorm(nn.LayerNorm, Fusable):
         return x, self(x)
 
 
-class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero: the output of a temporal attention (section 4.1.2)."""
+class OutLinear(nn.Linear, Fusable):
+    """The last layer of a residual branch."""
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x + linear(y), where y may have other axes before its last."""
+        return fused_residual_sum(x, F.linear(y, self.weight).view(x.shape), self.bias) if self.fused(x) else x + self(y).view(x.shape)
+
+
+class ZeroLinear(OutLinear):
+    """Starts at zero: the output of a temporal attention (section 4.1.2)."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -206,7 +220,7 @@ class SpatialTransformerLayer(nn.Module):
         x, y = self.norm1.add(x)
         x, y = self.norm2.add(x, *self.attn1(y))
         x, y = self.norm3.add(x, *self.attn2(y, text))
-        return x + self.ff(y)
+        return self.ff(x, y)
 
 
 class TemporalTransformerLayer(nn.Module):
@@ -226,7 +240,7 @@ class TemporalTransformerLayer(nn.Module):
             x, y = norm.add(x, *branch)
             branch = attention(y)
         x, y = self.norm3.add(x, *branch)
-        return x + self.ff(y)
+        return self.ff(x, y)
 
 
 class SpatialTransformer(nn.Module):
@@ -237,14 +251,14 @@ class SpatialTransformer(nn.Module):
         self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, heads * head_dim)
         self.transformer_blocks = nn.ModuleList([SpatialTransformerLayer(heads * head_dim, heads, head_dim, text_width, backend)])
-        self.proj_out = nn.Linear(heads * head_dim, channels)
+        self.proj_out = OutLinear(heads * head_dim, channels)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         y, x = self.norm.beside(x)
         tokens = self.proj_in(y).flatten(2, 3)  # (b f (h w) d)
         for layer in self.transformer_blocks:
             tokens = layer(tokens, text)
-        return x + self.proj_out(tokens).view(x.shape)
+        return self.proj_out.add(x, tokens)
 
 
 class TemporalTransformer(nn.Module):
@@ -264,4 +278,4 @@ class TemporalTransformer(nn.Module):
         tokens = self.proj_in(y).flatten(2, 3)  # (b f (h w) d)
         for layer in self.transformer_blocks:
             tokens = layer(tokens)
-        return x + self.proj_out(tokens).view(x.shape)
+        return self.proj_out.add(x, tokens)

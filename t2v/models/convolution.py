@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from t2v.models.kernels import Fusable
 from t2v.models.kernels.group_norm import fused_group_norm
+from t2v.models.kernels.residual import fused_residual_sum
 
 
 class GroupNorm(nn.GroupNorm, Fusable):
@@ -167,9 +168,13 @@ class SpatialConvBlock(Fusable):
             h, _ = self.norm2.beside(h, shift, dropout)
         else:
             h, _ = self.norm2.beside(self.conv1(h) + shift[:, None, None, None], dropout=dropout)
-        h = self.conv2(h)
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return x + h if self.scale == 1 else (x + h) / self.scale
+        bias: Any = self.conv2.bias
+        if self.fused(x):
+            y = fused_residual_sum(x, self.conv2(h, with_bias=False), bias)
+        else:
+            y = x + self.conv2(h)
+        return y if self.scale == 1 else y / self.scale
 
 
 class TemporalConvBlock(Fusable):
@@ -184,18 +189,16 @@ class TemporalConvBlock(Fusable):
             self.add_module(f"conv{i}", nn.Sequential(*layers, TemporalConv(channels, zero=i == num_convs)))
 
     def forward(self, x: Tensor) -> Tensor:
-        fused, last = self.fused(x), len(self._modules) - 1
+        fused = self.fused(x)
         h, bias = x, None
         for i, layers in enumerate(self.children()):
             norm, conv = layers[0], layers[-1]  # type: ignore[index]
             h, beside = norm.beside(h, bias, self.dropout if self.training and i else 0.0)
             if i == 0:
                 x = beside
-            if fused and i < last:  # the next norm adds the bias where it reads
-                h, bias = conv(h, with_bias=False), conv.bias[None]
-            else:
-                h = conv(h)
-        return x + h
+            h = conv(h, with_bias=not fused)
+            bias = conv.bias[None] if fused else None  # which the next norm, or the sum, adds where it reads
+        return x + h if bias is None else fused_residual_sum(x, h, bias[0])
 
 
 class Downsample(nn.Module):

@@ -21,6 +21,7 @@ from t2v.diffusion.randomness import normal, seed_of, uniform
 from t2v.diffusion.sampling import Sampler
 from t2v.diffusion.timesteps import ShiftedTimesteps, UniformTimesteps
 from t2v.models.autoencoder import Autoencoder
+from t2v.models.convolution import channels_last
 from t2v.models.frozen import Frozen
 from t2v.models.text_encoder import TextEncoder
 from t2v.pipeline import TextToVideoPipeline
@@ -98,6 +99,9 @@ class TextToVideoModule(LightningModule):
             materialise(self.unet, strategy.root_device, self.seed)
             self.ema_unet.to_empty(device=strategy.root_device)
             self.ema.start(self.ema_unet, self.unet)
+        if strategy.root_device.type == "cuda" and not isinstance(strategy, FullyShardedStrategy):
+            for network in (self.unet, self.ema_unet):
+                channels_last(network)
 
     def configure_optimizers(self) -> Any:
         temporal = {name: any(part in name for part in TEMPORAL_MODULES) for name, _ in self.unet.named_parameters()}

@@ -14,6 +14,7 @@ from t2v.models.kernels import Fusable, PlannedGPU, planned_gpu
 from t2v.models.kernels.geglu import fused_geglu, plain_geglu
 from t2v.models.kernels.group_norm import fused_group_norm, keep_mask, plain_group_norm
 from t2v.models.kernels.layer_norm import fused_add_layer_norm, plain_add_layer_norm
+from t2v.models.kernels.residual import fused_residual_sum, plain_residual_sum
 from t2v.models.kernels.temporal_attention import FusedTemporalAttention, PlainTemporalAttention
 from t2v.models.unet import VideoUNet
 
@@ -80,6 +81,11 @@ def test_layer_norm_of_a_sum(d: int, branch: bool, offset: bool) -> None:
 def test_geglu(d: int) -> None:
     torch.manual_seed(0)
     compare(lambda *a: (fused_geglu(*a),), lambda *a: (plain_geglu(*a),), randn(3, 50, 2 * d), randn(2 * d))
+
+
+def test_residual_sum() -> None:
+    torch.manual_seed(0)
+    compare(lambda *a: (fused_residual_sum(*a),), lambda *a: (plain_residual_sum(*a),), randn(3, 100, 40), randn(3, 100, 40), randn(40))
 
 
 @pytest.mark.parametrize("f", [2, 16, 20])

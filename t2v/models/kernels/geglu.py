@@ -15,7 +15,7 @@ try:
     import triton.language as tl
 except ImportError:  # CPU builds of torch come without it
     triton = None
-    _forward = _backward = None
+    _geglu_forward = _geglu_backward = None
 
 ROWS, CHUNK = 16, 128
 
@@ -37,7 +37,7 @@ class FusedGEGLU(torch.autograd.Function):
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
         rows, sizes, programs = _sizes(x)
-        launch(_forward, programs, x, x, bias, y, rows, **sizes)
+        launch(_geglu_forward, programs, x, x, bias, y, rows, **sizes)
         ctx.save_for_backward(x, bias)
         return y
 
@@ -48,7 +48,7 @@ class FusedGEGLU(torch.autograd.Function):
         rows, sizes, programs = _sizes(x)
         dx = torch.empty_like(x)
         sums = x.new_empty((-(-rows // CHUNK), x.shape[-1]), dtype=torch.float32)
-        launch(_backward, programs, x, x, bias, grad.contiguous(), dx, sums, rows, **sizes)
+        launch(_geglu_backward, programs, x, x, bias, grad.contiguous(), dx, sums, rows, **sizes)
         return dx, sums.sum(0).to(bias.dtype)
 
 
@@ -74,7 +74,7 @@ if triton is not None:
         return X + tl.load(bias + side * D + c, c < D, 0.0).to(tl.float32)[None, :]
 
     @triton.jit
-    def _forward(x, bias, y, rows, D, blocks, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    def _geglu_forward(x, bias, y, rows, D, blocks, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
         k, c, in_c = _place(blocks, D, BLOCK)
         for first in range(0, CHUNK, ROWS):
             r = k * CHUNK + first + tl.arange(0, ROWS)
@@ -84,10 +84,10 @@ if triton is not None:
             tl.store(y + r.to(tl.int64)[:, None] * D + c[None, :], Y.to(y.dtype.element_ty), exists)
 
     @triton.jit
-    def _backward(x, bias, grad, dx, sums, rows, D, blocks, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    def _geglu_backward(x, bias, grad, dx, sums, rows, D, blocks, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
         k, c, in_c = _place(blocks, D, BLOCK)
-        sum_value = tl.zeros((BLOCK,), tl.float32)
-        sum_gate = tl.zeros((BLOCK,), tl.float32)
+        sum_value = tl.zeros((ROWS, BLOCK), tl.float32)
+        sum_gate = tl.zeros((ROWS, BLOCK), tl.float32)
         for first in range(0, CHUNK, ROWS):
             r = k * CHUNK + first + tl.arange(0, ROWS)
             exists = (r < rows)[:, None] & in_c[None, :]
@@ -99,7 +99,7 @@ if triton is not None:
             at = r.to(tl.int64)[:, None] * (2 * D) + c[None, :]
             tl.store(dx + at, of_value.to(dx.dtype.element_ty), exists)
             tl.store(dx + at + D, of_gate.to(dx.dtype.element_ty), exists)
-            sum_value += tl.sum(of_value, 0)
-            sum_gate += tl.sum(of_gate, 0)
-        tl.store(sums + k * (2 * D) + c, sum_value, in_c)
-        tl.store(sums + k * (2 * D) + D + c, sum_gate, in_c)
+            sum_value += of_value
+            sum_gate += of_gate
+        tl.store(sums + k * (2 * D) + c, tl.sum(sum_value, 0), in_c)
+        tl.store(sums + k * (2 * D) + D + c, tl.sum(sum_gate, 0), in_c)

@@ -158,7 +158,7 @@ class FusedGroupNorm(torch.autograd.Function):
 class _Sizes:
     """How (n s c) is divided between programs: each takes BLOCK channels of `chunk` positions of a sample, ROWS positions at a time."""
 
-    ROWS = 64
+    ROWS = 32
 
     def __init__(self, n: int, s: int, c: int, groups: int):
         self.groups = groups
@@ -190,6 +190,7 @@ def _after(silu: bool, dropout: float) -> dict[str, Any]:
 
 
 if triton is not None:
+    # Sums over positions are kept for every row of a tile and joined once, at the end: joining them tile by tile would make threads wait.
 
     @triton.jit
     def _place(C, chunks, blocks, BLOCK: tl.constexpr):
@@ -198,11 +199,13 @@ if triton is not None:
         return i // (blocks * chunks), (i // blocks) % chunks, c, c < C
 
     @triton.jit
-    def _load(x, shift, n, s, c, exists, S, C, per_shift, SHIFT: tl.constexpr):
-        X = tl.load(x + (n.to(tl.int64) * S + s[:, None]) * C + c[None, :], exists, 0.0).to(tl.float32)
-        if SHIFT:
-            X += tl.load(shift + (n // per_shift) * C + c, c < C, 0.0).to(tl.float32)[None, :]
-        return X
+    def _rows(n, k, r, c, in_c, S, C, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+        s = k * CHUNK + r + tl.arange(0, ROWS)
+        return s, (s < S)[:, None] & in_c[None, :], (n.to(tl.int64) * S + s[:, None]) * C + c[None, :]
+
+    @triton.jit
+    def _shift(shift, n, c, in_c, C, per_shift, SHIFT: tl.constexpr):
+        return tl.load(shift + (n // per_shift) * C + c, in_c, 0.0).to(tl.float32) if SHIFT else 0.0 * c
 
     @triton.jit
     def _moments(
@@ -210,22 +213,23 @@ if triton is not None:
         CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
     ):  # fmt: skip
         n, k, c, in_c = _place(C, chunks, blocks, BLOCK)
-        mean = tl.zeros((BLOCK,), tl.float32)
-        square = tl.zeros((BLOCK,), tl.float32)  # sum of squared distances from the mean, merged tile by tile (Chan et al.)
+        add = _shift(shift, n, c, in_c, C, per_shift, SHIFT)
+        mean = tl.zeros((ROWS, BLOCK), tl.float32)
+        square = tl.zeros((ROWS, BLOCK), tl.float32)  # sum of squared distances from the mean (Welford)
+        count = tl.zeros((ROWS,), tl.float32)
         for r in range(0, CHUNK, ROWS):
-            s = k * CHUNK + r + tl.arange(0, ROWS)
-            exists = (s < S)[:, None] & in_c[None, :]
-            X = tl.where(exists, _load(x, shift, n, s, c, exists, S, C, per_shift, SHIFT), 0.0)
-            count = tl.minimum(tl.maximum(S - k * CHUNK - r, 0), ROWS) * 1.0
-            tile_mean = tl.sum(X, 0) / tl.maximum(count, 1.0)
-            away = tl.where(exists, X - tile_mean[None, :], 0.0)
-            step = tile_mean - mean
-            share = count / tl.maximum(r + count, 1.0)
-            square += tl.sum(away * away, 0) + step * step * (r * share)
-            mean += step * share
+            s, exists, at = _rows(n, k, r, c, in_c, S, C, CHUNK, ROWS)
+            X = tl.load(x + at, exists, 0.0).to(tl.float32) + add[None, :]
+            count += (s < S).to(tl.float32)
+            away = tl.where(exists, X - mean, 0.0)
+            mean += away * (1.0 / tl.maximum(count, 1.0))[:, None]
+            square += away * tl.where(exists, X - mean, 0.0)
+        total = tl.maximum(tl.sum(count, 0), 1.0)
+        joined = tl.sum(mean * count[:, None], 0) / total
+        away = mean - joined[None, :]
         at = (n * chunks + k) * C + c
-        tl.store(means + at, mean, in_c)
-        tl.store(squares + at, square, in_c)
+        tl.store(means + at, joined, in_c)
+        tl.store(squares + at, tl.sum(square + count[:, None] * away * away, 0), in_c)
 
     @triton.jit
     def _group(C, GROUPS, chunks, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
@@ -239,7 +243,7 @@ if triton is not None:
     @triton.jit
     def _statistics(
         means, squares, mean, inverse, eps, S, C, GROUPS, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr
-    ):
+    ):  # fmt: skip
         i, at, exists, c, in_c, k, width = _group(C, GROUPS, chunks, CHUNKS, WIDTH)
         M, Q = tl.load(means + at, exists, 0.0), tl.load(squares + at, exists, 0.0)
         count = tl.where(exists, tl.minimum(tl.maximum(S - k * CHUNK, 0), CHUNK)[:, None].to(tl.float32), 0.0)
@@ -256,19 +260,18 @@ if triton is not None:
         return h ^ (h >> 16)
 
     @triton.jit
-    def _kept(seed, n, s, c, S, C, limit):
-        place = ((n * S + s)[:, None] * C + c[None, :]).to(tl.uint32)
+    def _survive(Y, seed, at, limit, survivors):
+        """Dropout: the value where the hash of (place, seed) is high enough."""
         first, second = tl.load(seed).to(tl.uint32, bitcast=True), tl.load(seed + 1).to(tl.uint32, bitcast=True)
-        hashed = _mix(_mix(place ^ first) + second)
-        return (hashed ^ 0x80000000).to(tl.int32, bitcast=True) >= limit
+        hashed = _mix(_mix(at.to(tl.uint32) ^ first) + second)
+        return tl.where((hashed ^ 0x80000000).to(tl.int32, bitcast=True) >= limit, Y * survivors, 0.0)
 
     @triton.jit
-    def _normalised(X, weight, bias, mean, inverse, n, c, in_c, C, GROUPS):
+    def _channels(weight, bias, mean, inverse, n, c, in_c, C, GROUPS):
+        """Of each channel: mean and inverse deviation of its group, scale and offset."""
         g = n * GROUPS + c // (C // GROUPS)
         m, i = tl.load(mean + g, in_c, 0.0), tl.load(inverse + g, in_c, 0.0)
-        w, b = tl.load(weight + c, in_c, 0.0).to(tl.float32), tl.load(bias + c, in_c, 0.0).to(tl.float32)
-        hat = (X - m[None, :]) * i[None, :]
-        return hat, hat * w[None, :] + b[None, :], w, i
+        return m, i, tl.load(weight + c, in_c, 0.0).to(tl.float32), tl.load(bias + c, in_c, 0.0).to(tl.float32)
 
     @triton.jit
     def _result(
@@ -276,32 +279,31 @@ if triton is not None:
         CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
         n, k, c, in_c = _place(C, chunks, blocks, BLOCK)
+        m, i, w, b = _channels(weight, bias, mean, inverse, n, c, in_c, C, GROUPS)
+        m -= _shift(shift, n, c, in_c, C, per_shift, SHIFT)
         for r in range(0, CHUNK, ROWS):
-            s = k * CHUNK + r + tl.arange(0, ROWS)
-            exists = (s < S)[:, None] & in_c[None, :]
-            X = _load(x, shift, n, s, c, exists, S, C, per_shift, SHIFT)
-            hat, z, w, i = _normalised(X, weight, bias, mean, inverse, n, c, in_c, C, GROUPS)
+            s, exists, at = _rows(n, k, r, c, in_c, S, C, CHUNK, ROWS)
+            Y = (tl.load(x + at, exists, 0.0).to(tl.float32) - m[None, :]) * (i * w)[None, :] + b[None, :]
             if SILU:
-                z = z * tl.sigmoid(z)
+                Y = Y * tl.sigmoid(Y)
             if DROPOUT:
-                z = tl.where(_kept(seed, n, s, c, S, C, limit), z * survivors, 0.0)
-            tl.store(y + (n.to(tl.int64) * S + s[:, None]) * C + c[None, :], z.to(y.dtype.element_ty), exists)
+                Y = _survive(Y, seed, at, limit, survivors)
+            tl.store(y + at, Y.to(y.dtype.element_ty), exists)
 
     @triton.jit
     def _before(
-        x, shift, weight, bias, mean, inverse, seed, grad, n, s, c, in_c, exists, S, C, GROUPS, per_shift, limit, survivors,
-        SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
+        x, seed, grad, at, exists, m, i, w, b, limit, survivors, SILU: tl.constexpr, DROPOUT: tl.constexpr
     ):  # fmt: skip
         """x^ and the gradient of the normalised, scaled values, with dropout and SiLU undone."""
-        X = _load(x, shift, n, s, c, exists, S, C, per_shift, SHIFT)
-        hat, z, w, i = _normalised(X, weight, bias, mean, inverse, n, c, in_c, C, GROUPS)
-        G = tl.load(grad + (n.to(tl.int64) * S + s[:, None]) * C + c[None, :], exists, 0.0).to(tl.float32)
+        hat = tl.where(exists, (tl.load(x + at, exists, 0.0).to(tl.float32) - m[None, :]) * i[None, :], 0.0)
+        G = tl.load(grad + at, exists, 0.0).to(tl.float32)
         if DROPOUT:
-            G = tl.where(_kept(seed, n, s, c, S, C, limit), G * survivors, 0.0)
+            G = _survive(G, seed, at, limit, survivors)
         if SILU:
+            z = hat * w[None, :] + b[None, :]
             sigmoid = tl.sigmoid(z)
             G = G * sigmoid * (1.0 + z * (1.0 - sigmoid))
-        return tl.where(exists, hat, 0.0), G, w, i
+        return hat, G
 
     @triton.jit
     def _sums(
@@ -309,20 +311,18 @@ if triton is not None:
         CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
         n, k, c, in_c = _place(C, chunks, blocks, BLOCK)
-        total = tl.zeros((BLOCK,), tl.float32)
-        total_hat = tl.zeros((BLOCK,), tl.float32)
+        m, i, w, b = _channels(weight, bias, mean, inverse, n, c, in_c, C, GROUPS)
+        m -= _shift(shift, n, c, in_c, C, per_shift, SHIFT)
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        total_hat = tl.zeros((ROWS, BLOCK), tl.float32)
         for r in range(0, CHUNK, ROWS):
-            s = k * CHUNK + r + tl.arange(0, ROWS)
-            exists = (s < S)[:, None] & in_c[None, :]
-            hat, G, w, i = _before(
-                x, shift, weight, bias, mean, inverse, seed, grad, n, s, c, in_c, exists, S, C, GROUPS, per_shift, limit, survivors,
-                SHIFT, SILU, DROPOUT,
-            )  # fmt: skip
-            total += tl.sum(G, 0)
-            total_hat += tl.sum(G * hat, 0)
+            s, exists, at = _rows(n, k, r, c, in_c, S, C, CHUNK, ROWS)
+            hat, G = _before(x, seed, grad, at, exists, m, i, w, b, limit, survivors, SILU, DROPOUT)
+            total += G
+            total_hat += G * hat
         at = (n * chunks + k) * C + c
-        tl.store(sums + at, total, in_c)
-        tl.store(sums_hat + at, total_hat, in_c)
+        tl.store(sums + at, tl.sum(total, 0), in_c)
+        tl.store(sums_hat + at, tl.sum(total_hat, 0), in_c)
 
     @triton.jit
     def _along(sums, sums_hat, weight, ones, hats, S, C, GROUPS, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
@@ -341,22 +341,19 @@ if triton is not None:
         RESIDUAL: tl.constexpr,
     ):  # fmt: skip
         n, k, c, in_c = _place(C, chunks, blocks, BLOCK)
+        m, i, w, b = _channels(weight, bias, mean, inverse, n, c, in_c, C, GROUPS)
+        m -= _shift(shift, n, c, in_c, C, per_shift, SHIFT)
         g = n * GROUPS + c // (C // GROUPS)
         one, along_hat = tl.load(ones + g, in_c, 0.0), tl.load(hats + g, in_c, 0.0)
-        total = tl.zeros((BLOCK,), tl.float32)
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
         for r in range(0, CHUNK, ROWS):
-            s = k * CHUNK + r + tl.arange(0, ROWS)
-            exists = (s < S)[:, None] & in_c[None, :]
-            hat, G, w, i = _before(
-                x, shift, weight, bias, mean, inverse, seed, grad, n, s, c, in_c, exists, S, C, GROUPS, per_shift, limit, survivors,
-                SHIFT, SILU, DROPOUT,
-            )  # fmt: skip
+            s, exists, at = _rows(n, k, r, c, in_c, S, C, CHUNK, ROWS)
+            hat, G = _before(x, seed, grad, at, exists, m, i, w, b, limit, survivors, SILU, DROPOUT)
             D = i[None, :] * (G * w[None, :] - one[None, :] - hat * along_hat[None, :])
-            at = (n.to(tl.int64) * S + s[:, None]) * C + c[None, :]
             if SHIFT:
-                total += tl.sum(tl.where(exists, D, 0.0), 0)
+                total += tl.where(exists, D, 0.0)
             if RESIDUAL:
                 D += tl.load(residual + at, exists, 0.0).to(tl.float32)
             tl.store(dx + at, D.to(dx.dtype.element_ty), exists)
         if SHIFT:
-            tl.store(of_shift + (n * chunks + k) * C + c, total, in_c)
+            tl.store(of_shift + (n * chunks + k) * C + c, tl.sum(total, 0), in_c)

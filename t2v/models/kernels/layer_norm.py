@@ -15,7 +15,7 @@ try:
     import triton.language as tl
 except ImportError:  # CPU builds of torch come without it
     triton = None
-    _forward = _backward = None
+    _norm_forward = _norm_backward = None
 
 
 def plain_add_layer_norm(
@@ -46,7 +46,7 @@ class FusedAddLayerNorm(torch.autograd.Function):
         rows, sizes = _sizes(x)
         branch = None if branch is None else branch.contiguous()
         launch(
-            _forward, -(-rows // sizes["ROWS"]), x, x, branch, offset, weight, bias, total, y, rows, eps, **sizes,
+            _norm_forward, -(-rows // sizes["ROWS"]), x, x, branch, offset, weight, bias, total, y, rows, eps, **sizes,
             BRANCH=branch is not None, OFFSET=offset is not None,
         )  # fmt: skip
         ctx.save_for_backward(total, weight, bias, offset)
@@ -65,7 +65,7 @@ class FusedAddLayerNorm(torch.autograd.Function):
         dx = torch.empty_like(total)
         of_total = None if of_total is None else of_total.contiguous()
         launch(
-            _backward, programs, total, total, weight, grad.contiguous(), of_total, dx, *sums,
+            _norm_backward, programs, total, total, weight, grad.contiguous(), of_total, dx, *sums,
             rows, ctx.eps, **sizes, STEPS=steps, RESIDUAL=of_total is not None, OFFSET=offset is not None,
         )  # fmt: skip
         of_weight, of_bias = sums[:2].sum(1)
@@ -87,7 +87,7 @@ def _power(n: int) -> int:
 
 def _programs(x: Tensor) -> int:
     """How many sum the weights' gradients at once, at most."""
-    return 8 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    return 16 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
 
 
 if triton is not None:
@@ -100,7 +100,7 @@ if triton is not None:
         return away * inverse[:, None], inverse
 
     @triton.jit
-    def _forward(
+    def _norm_forward(
         x, branch, offset, weight, bias, total, y, rows, eps,
         D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BRANCH: tl.constexpr, OFFSET: tl.constexpr,
     ):  # fmt: skip
@@ -121,16 +121,17 @@ if triton is not None:
         tl.store(y + at, (hat * w[None, :] + b[None, :]).to(y.dtype.element_ty), exists)
 
     @triton.jit
-    def _backward(
+    def _norm_backward(
         total, weight, grad, residual, dx, of_weight, of_bias, of_offset, rows, eps,
         D: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, OFFSET: tl.constexpr,
     ):  # fmt: skip
         i = tl.program_id(0)
         c = tl.arange(0, BLOCK)
         w = tl.load(weight + c, c < D, 0.0).to(tl.float32)
-        sum_weight = tl.zeros((BLOCK,), tl.float32)
-        sum_bias = tl.zeros((BLOCK,), tl.float32)
-        sum_offset = tl.zeros((BLOCK,), tl.float32)
+        # by row of a tile, joined at the end: joining them step by step would make threads wait
+        sum_weight = tl.zeros((ROWS, BLOCK), tl.float32)
+        sum_bias = tl.zeros((ROWS, BLOCK), tl.float32)
+        sum_offset = tl.zeros((ROWS, BLOCK), tl.float32)
         for step in range(0, STEPS):
             r = (i * STEPS + step) * ROWS + tl.arange(0, ROWS)
             exists = (r < rows)[:, None] & (c < D)[None, :]
@@ -138,16 +139,16 @@ if triton is not None:
             X = tl.load(total + at, exists, 0.0).to(tl.float32)
             G = tl.load(grad + at, exists, 0.0).to(tl.float32)
             hat, inverse = _normalised(X, exists, D, eps)
-            sum_weight += tl.sum(G * hat, 0)
-            sum_bias += tl.sum(G, 0)
+            sum_weight += G * hat
+            sum_bias += G
             G = G * w[None, :]
             DX = inverse[:, None] * (G - (tl.sum(G, 1) / D)[:, None] - hat * (tl.sum(G * hat, 1) / D)[:, None])
             if RESIDUAL:
                 DX += tl.load(residual + at, exists, 0.0).to(tl.float32)
             if OFFSET:
-                sum_offset += tl.sum(tl.where(exists, DX, 0.0), 0)
+                sum_offset += tl.where(exists, DX, 0.0)
             tl.store(dx + at, DX.to(dx.dtype.element_ty), exists)
-        tl.store(of_weight + i * D + c, sum_weight, c < D)
-        tl.store(of_bias + i * D + c, sum_bias, c < D)
+        tl.store(of_weight + i * D + c, tl.sum(sum_weight, 0), c < D)
+        tl.store(of_bias + i * D + c, tl.sum(sum_bias, 0), c < D)
         if OFFSET:
-            tl.store(of_offset + i * D + c, sum_offset, c < D)
+            tl.store(of_offset + i * D + c, tl.sum(sum_offset, 0), c < D)

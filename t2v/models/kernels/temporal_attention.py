@@ -19,7 +19,7 @@ try:
     import triton.language as tl
 except ImportError:  # CPU builds of torch come without it
     triton = None
-    _forward = _backward = None
+    _attention_forward = _attention_backward = None
 
 MAX_FRAMES = 64  # of which one program's scores, gradients and operands still fit its registers
 
@@ -69,7 +69,7 @@ class FusedTemporalAttention(torch.autograd.Function):
         qkv = qkv.contiguous()
         b, f, n, _, h, d = qkv.shape
         o = qkv.new_empty((b, f, n, h, d))
-        launch(_forward, b * n * h, qkv, qkv, o, **_sizes(qkv))
+        launch(_attention_forward, b * n * h, qkv, qkv, o, **_sizes(qkv))
         ctx.save_for_backward(qkv)
         return o
 
@@ -79,7 +79,7 @@ class FusedTemporalAttention(torch.autograd.Function):
         (qkv,) = ctx.saved_tensors
         result = torch.empty_like(qkv)
         b, _, n, _, h, _ = qkv.shape
-        launch(_backward, b * n * h, qkv, qkv, grad.contiguous(), result, **_sizes(qkv))
+        launch(_attention_backward, b * n * h, qkv, qkv, grad.contiguous(), result, **_sizes(qkv))
         return result
 
 
@@ -112,7 +112,7 @@ if triton is not None:
         return P / tl.sum(P, 1)[:, None]
 
     @triton.jit
-    def _forward(qkv, o, n_pixels, n_heads, n_frames, scale, BLOCK: tl.constexpr, D: tl.constexpr):
+    def _attention_forward(qkv, o, n_pixels, n_heads, n_frames, scale, BLOCK: tl.constexpr, D: tl.constexpr):
         out, at, width, exists, key_exists = _offsets(n_pixels, n_heads, n_frames, BLOCK, D)
         Q, K, V = tl.load(qkv + at, exists, 0.0), tl.load(qkv + at + width, exists, 0.0), tl.load(qkv + at + 2 * width, exists, 0.0)
         P = _softmax(Q, K, key_exists, scale)
@@ -120,7 +120,7 @@ if triton is not None:
         tl.store(o + out, O.to(o.dtype.element_ty), exists)
 
     @triton.jit
-    def _backward(qkv, g, result, n_pixels, n_heads, n_frames, scale, BLOCK: tl.constexpr, D: tl.constexpr):
+    def _attention_backward(qkv, g, result, n_pixels, n_heads, n_frames, scale, BLOCK: tl.constexpr, D: tl.constexpr):
         out, at, width, exists, key_exists = _offsets(n_pixels, n_heads, n_frames, BLOCK, D)
         Q, K, V = tl.load(qkv + at, exists, 0.0), tl.load(qkv + at + width, exists, 0.0), tl.load(qkv + at + 2 * width, exists, 0.0)
         G = tl.load(g + out, exists, 0.0)

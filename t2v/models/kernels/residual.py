@@ -1,0 +1,84 @@
+"""The sum of a residual and a branch with the bias of the branch's last layer: one pass, and none for the bias's own sum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2v.models.kernels import launch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch come without it
+    triton = None
+    _sum_forward = _column_sums = None
+
+ROWS, CHUNK = 32, 256
+
+
+def plain_residual_sum(x: Tensor, branch: Tensor, offset: Tensor) -> Tensor:
+    """x + branch + offset: (... d), (... d), (d)."""
+    return x + branch + offset.to(branch.dtype)
+
+
+def fused_residual_sum(x: Tensor, branch: Tensor, offset: Tensor) -> Tensor:
+    """`plain_residual_sum` as a kernel. Backward, x and the branch receive the same tensor, and the offset its sum over the rows."""
+    return FusedResidualSum.apply(x, branch, offset)
+
+
+class FusedResidualSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, branch: Tensor, offset: Tensor) -> Tensor:
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        rows, programs, sizes = _sizes(x)
+        launch(_sum_forward, programs, x, x.contiguous(), branch.contiguous(), offset, y, rows, **sizes)
+        ctx.of_offset = offset.dtype
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        grad = grad.contiguous()
+        rows, programs, sizes = _sizes(grad)
+        sums = grad.new_empty((-(-rows // CHUNK), grad.shape[-1]), dtype=torch.float32)
+        launch(_column_sums, programs, grad, grad, sums, rows, **sizes)
+        return grad, grad, sums.sum(0).to(ctx.of_offset)
+
+
+def _sizes(x: Tensor) -> tuple[int, int, dict[str, int]]:
+    d = x.shape[-1]
+    rows = x.numel() // d
+    block = next((b for b in (64, 32, 16) if d % b == 0), 64)
+    blocks = -(-d // block)
+    return rows, -(-rows // CHUNK) * blocks, {"D": d, "blocks": blocks, "CHUNK": CHUNK, "ROWS": ROWS, "BLOCK": block}
+
+
+if triton is not None:
+
+    @triton.jit
+    def _tile(k, first, c, rows, D, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+        r = k * CHUNK + first + tl.arange(0, ROWS)
+        return (r < rows)[:, None] & (c < D)[None, :], r.to(tl.int64)[:, None] * D + c[None, :]
+
+    @triton.jit
+    def _sum_forward(x, branch, offset, y, rows, D, blocks, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.program_id(0)
+        c = (i % blocks) * BLOCK + tl.arange(0, BLOCK)
+        add = tl.load(offset + c, c < D, 0.0).to(tl.float32)
+        for first in range(0, CHUNK, ROWS):
+            exists, at = _tile(i // blocks, first, c, rows, D, CHUNK, ROWS)
+            Y = tl.load(x + at, exists, 0.0).to(tl.float32) + tl.load(branch + at, exists, 0.0).to(tl.float32) + add[None, :]
+            tl.store(y + at, Y.to(y.dtype.element_ty), exists)
+
+    @triton.jit
+    def _column_sums(grad, sums, rows, D, blocks, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.program_id(0)
+        c = (i % blocks) * BLOCK + tl.arange(0, BLOCK)
+        total = tl.zeros((ROWS, BLOCK), tl.float32)
+        for first in range(0, CHUNK, ROWS):
+            exists, at = _tile(i // blocks, first, c, rows, D, CHUNK, ROWS)
+            total += tl.load(grad + at, exists, 0.0).to(tl.float32)
+        tl.store(sums + (i // blocks) * D + c, tl.sum(total, 0), c < D)
