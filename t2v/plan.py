@@ -220,8 +220,9 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
     print(f"time     {bound}{whole}, {report.duration(seconds)} a step; one GPU makes {speed} a second")
     print(f"         at {cfg.hardware.tflops} TFLOP/s ({cfg.hardware.source}), no time lost between GPUs")
     print(f"disk     {checkpoint / 1e9:.3g} GB a checkpoint, every {every} steps ({report.duration(seconds * every)}), {keep} kept")
-    largest = max(parameter.numel() * parameter.element_size() for parameter in parts.unet.parameters())
-    print(f"         written tensor by tensor through {largest / 1e6:.3g} MB of host memory, none of the GPU's")
+    if cfg.callbacks.checkpoints.background:
+        each = f"{checkpoint / 1e9 / (steps.world if sharded else 1):.3g} GB of host memory on {'every' if sharded else 'the first'} rank"
+        print(f"         written while training goes on, from {each} (callbacks.checkpoints.background=false: none, but training waits)")
 
 
 def build(cfg: DictConfig, found: list[Finding]) -> Parts | None:

@@ -7,12 +7,14 @@ tell how many processes wrote it, or in which strategy; any number in any strate
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +29,7 @@ from torch.optim import Optimizer
 
 from t2v import checkpoint as folder_format
 from t2v.checkpoint import AutoencoderCard, CheckpointWriteError, ModelCard, Piece, step_folder
+from t2v.training.background import Background, HostCopies
 from t2v.training.sharding import is_sharded, piece_of
 
 NETWORKS = {
@@ -42,29 +45,69 @@ READERS = "data/readers.json"
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """Writes and reads checkpoint folders for Lightning. `description` gives the content of model.json at the time of writing."""
+    """Writes and reads checkpoint folders for Lightning. `description` gives the content of model.json at the time of writing.
+
+    In the `background`, training goes on as soon as the tensors are copied to host memory; one checkpoint at a time is being written.
+    """
 
     def __init__(self, description: Callable[[], ModelCard | AutoencoderCard]) -> None:
         self.description = description
+        self.background = False
         self.failure: str | None = None  # why the last checkpoint could not be written
         self.bytes_written = 0  # by this process, of tensors, for the last checkpoint
+        self.write_seconds = 0.0
+        self.afterwards: Callable[[], object] = lambda: None  # done by the first rank once a checkpoint is whole
+        self._writing, self._copies = Background(), HostCopies()
+        self._ranks: Any = None  # exchanges of their own for the threads that write
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """The first rank calls it alone; every rank does where networks are sharded, and each writes its own rows.
 
         A disk that refuses ends in `failure`, not in an error that would leave the other ranks waiting; the folder is then as before.
         """
-        folder, staging = Path(path), folder_format.staging_folder(path)
+        self.wait()
         together = any(is_sharded(tensor) for tensor in checkpoint["state_dict"].values())
-        first = not together or dist.get_rank() == 0
+        if together and self._ranks is None:
+            self._ranks = dist.new_group(backend="gloo")
         files, state, readers = divide(checkpoint)
+        if self.background:
+            files = self._copies.of(files)
+        numbers = io.BytesIO()
+        torch.save(state, numbers)
+        job = partial(self._write, Path(path), files, numbers, json.dumps(readers), self.description(), self._ranks if together else None)
+        self._writing.start(job, self.background)
+
+    @property
+    def is_writing(self) -> bool:
+        return self._writing.running
+
+    def linger(self, seconds: float) -> None:
+        """Wait for the checkpoint that is being written, but not for ever, and whatever becomes of it."""
+        self._writing.join(seconds)
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is whole, or has failed. Raises what is no matter of disks."""
+        self._writing.wait()
+
+    def _write(
+        self,
+        folder: Path,
+        files: dict[str, dict[str, Piece]],
+        state: io.BytesIO,
+        readers: str,
+        card: ModelCard | AutoencoderCard,
+        ranks: Any,
+    ) -> None:
+        """`ranks`: the group of all that write; None for one alone."""
+        started = time.perf_counter()
+        staging = folder_format.staging_folder(folder)
+        first = ranks is None or dist.get_rank() == 0
 
         def begin() -> None:
             folder_format.begin(folder)
-            for name in (STATE, READERS):
+            for name, content in ((STATE, state.getbuffer()), (READERS, readers.encode())):
                 (staging / name).parent.mkdir()
-            torch.save(state, staging / STATE)
-            (staging / READERS).write_text(json.dumps(readers), encoding="utf-8")
+                (staging / name).write_bytes(content)
             for name, pieces in files.items():
                 folder_format.reserve(staging / name, pieces)
 
@@ -72,11 +115,11 @@ class FolderCheckpointIO(CheckpointIO):
             self.bytes_written = sum(folder_format.write_pieces(staging / name, pieces) for name, pieces in files.items())
 
         def commit() -> None:
-            folder_format.commit(staging, folder, self.description())
+            folder_format.commit(staging, folder, card)
 
         self.failure = None
         for action, mine in ((begin, first), (write, True), (commit, first)):
-            error = _attempt(action if mine else None, folder, together)
+            error = _attempt(action if mine else None, folder, ranks)
             if error is not None:
                 if first:
                     shutil.rmtree(staging, ignore_errors=True)
@@ -84,6 +127,9 @@ class FolderCheckpointIO(CheckpointIO):
                     raise error
                 self.failure = str(error)
                 return
+        self.write_seconds = time.perf_counter() - started
+        if first:
+            self.afterwards()
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Tensors are views of the files: what a rank does not use of them is never read."""
@@ -133,8 +179,8 @@ def _is_large(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
-def _attempt(action: Callable[[], None] | None, folder: Path, together: bool) -> Exception | None:
-    """Run a part of the writing; the first error of any rank, the same on all of them."""
+def _attempt(action: Callable[[], None] | None, folder: Path, ranks: Any) -> Exception | None:
+    """Run a part of the writing; the first error of any of the ranks, the same on all of them."""
     error: Exception | None = None
     try:
         if action is not None:
@@ -142,9 +188,9 @@ def _attempt(action: Callable[[], None] | None, folder: Path, together: bool) ->
     except Exception as raised:
         error = folder_format.write_error(raised, folder) or raised
     errors: list[Any] = [error]
-    if together:
+    if ranks is not None:
         errors *= dist.get_world_size()
-        dist.all_gather_object(errors, error)
+        dist.all_gather_object(errors, error, group=ranks)
     return next((one for one in errors if one is not None), None)
 
 
@@ -180,7 +226,8 @@ def _check_start(trainer: Trainer) -> None:
 class Checkpoints(Callback):
     """Writes <run>/checkpoints/step-N every `every_n_steps` optimizer steps, at the end, and when a signal asks to stop.
 
-    The newest `keep` stay.
+    The newest `keep` stay. In the `background` they are written while training goes on, from a copy in host memory; errors then show at
+    the next step, and the end of the training waits for the last.
 
     SIGUSR1 and SIGTERM (a scheduler takes the machine) and SIGINT (Ctrl-C) end the training at the next optimizer step, with a checkpoint.
     A second Ctrl-C ends it at once.
@@ -188,13 +235,15 @@ class Checkpoints(Callback):
 
     SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, every_n_steps: int = 1000, keep: int = 3) -> None:
+    def __init__(self, every_n_steps: int = 1000, keep: int = 3, background: bool = True) -> None:
         if every_n_steps < 1 or keep < 1:
             raise ValueError(f"callbacks.checkpoints: every_n_steps is {every_n_steps} and keep is {keep}; both must be at least 1")
         self.every_n_steps = every_n_steps
         self.keep = keep
+        self.background = background
         self.received: int | None = None
         self.saved_step = self.tried_step = -1
+        self._pending: tuple[int, float] | None = None  # step and seconds of the stall, of the checkpoint that is being written
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -209,6 +258,8 @@ class Checkpoints(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
+        if not _writer(trainer).is_writing:
+            self._settle(trainer)
         if step == self.tried_step or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         stop = bool(trainer.strategy.reduce_boolean_decision(self.received is not None, all=False))  # one rank's signal stops all of them
@@ -220,25 +271,48 @@ class Checkpoints(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if trainer.global_step != self.tried_step:
             self.save(trainer)
+        self._settle(trainer)
+        self.saved_step = trainer.strategy.broadcast(self.saved_step)  # other ranks may not have written anything
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        """A checkpoint that is being written is not to be lost, unless someone is in a hurry."""
+        if not isinstance(exception, KeyboardInterrupt):
+            _writer(trainer).linger(seconds=120)
 
     def save(self, trainer: Trainer) -> None:
         """Every rank must call it. Where the disk refuses, training goes on and the older checkpoints are whole."""
         self.tried_step = trainer.global_step
-        writer = trainer.strategy.checkpoint_io
-        assert isinstance(writer, FolderCheckpointIO)
+        writer = _writer(trainer)
         started = time.perf_counter()
+        self._settle(trainer)  # one at a time
+        writer.background = self.background
+        writer.afterwards = partial(folder_format.prune, trainer.default_root_dir, keep=self.keep)
         trainer.save_checkpoint(step_folder(trainer.default_root_dir, trainer.global_step))
-        failure = trainer.strategy.broadcast(writer.failure)
-        if failure is None:
-            self.saved_step = trainer.global_step
+        self._pending = trainer.global_step, time.perf_counter() - started
+        if not self.background:
+            self._settle(trainer)
+
+    def _settle(self, trainer: Trainer) -> None:
+        """Wait for the checkpoint that is being written, if there is one, and say what became of it."""
+        if self._pending is None:
+            return
+        (step, stalled), self._pending = self._pending, None
+        writer = _writer(trainer)
+        writer.wait()
+        if writer.failure is None:
+            self.saved_step = step
         if not trainer.is_global_zero:
             return
-        if failure is not None:
-            print(f"warning: {failure}. The checkpoint before it is intact.", file=sys.stderr, flush=True)
-            return
-        folder_format.prune(trainer.default_root_dir, keep=self.keep)
-        if trainer.logger is not None:
-            cost = {"checkpoint/seconds": time.perf_counter() - started, "checkpoint/gigabytes_per_writer": writer.bytes_written / 1e9}
-            trainer.logger.log_metrics(cost, trainer.global_step)
+        if writer.failure is not None:
+            print(f"warning: {writer.failure}. The checkpoint before it is intact.", file=sys.stderr, flush=True)
+        elif trainer.logger is not None:
+            cost = {"seconds": stalled, "write_seconds": writer.write_seconds, "gigabytes_per_writer": writer.bytes_written / 1e9}
+            trainer.logger.log_metrics({f"checkpoint/{name}": value for name, value in cost.items()}, step)
+
+
+def _writer(trainer: Trainer) -> FolderCheckpointIO:
+    writer = trainer.strategy.checkpoint_io
+    assert isinstance(writer, FolderCheckpointIO)
+    return writer
