@@ -122,8 +122,8 @@ class Peer:
 def peers_coder(config: Mapping[str, Any] | None, device: torch.device, dtype: torch.dtype, compiled: bool) -> Peer:
     kl = random_kl(config, device, dtype).requires_grad_(False)
     if compiled:
-        kl.encoder.compile()
-        kl.decoder.compile()
+        kl.encoder.compile(dynamic=False)
+        kl.decoder.compile(dynamic=False)
     return Peer(kl)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -95,7 +96,9 @@ def attempt(known: Row, measure: Callable[[], Row], may_fail: bool = False) -> R
 
 
 def free() -> None:
-    """GPU memory that nothing holds, or only cycles; the count of the peak begins anew."""
+    """GPU memory that nothing holds, or only cycles, and compiled code; the count of the peak begins anew."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # so that the next shape is compiled for itself, not for all shapes
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

@@ -46,6 +46,7 @@ def sample(
     compile: bool = False,
     versus: str | None = None,
     compile_peer: bool = False,
+    cudnn_benchmark: bool = False,
     rounds: int = 5,
     seconds: float = 20,
     profile: str | None = None,
@@ -59,6 +60,7 @@ def sample(
         raise ValueError(f"versus={versus} is unknown; the peer is diffusers")
     if compile_peer and versus is None:
         raise ValueError("compile_peer=true has no peer to compile: add versus=diffusers")
+    torch.backends.cudnn.benchmark = cudnn_benchmark  # off in generate and evaluate, where a seed is to give the same bits again
     place = torch.device(device) if device else default_device()
     config = config_for(place, config)
     best = ceilings(place)
@@ -109,7 +111,7 @@ def our_pipeline(
     unet = random_unet(config, device, dtype, attention_backend=backend_for(device, config, attention_backend)).eval()
     unet.requires_grad_(False)
     if compile:
-        unet.compile()
+        unet.compile(dynamic=False)
     frozen = Frozen(random_autoencoder(None, device, dtype), random_text_encoder(unet.config["cross_attention_dim"], device, dtype))
     frames, size = shape
     pixels = size * frozen.autoencoder.factor
@@ -133,7 +135,7 @@ def peers_pipeline(
     dtype = default_dtype(device)
     unet = random_peer(config, device, dtype).eval().requires_grad_(False)
     if compiled:
-        unet.compile()
+        unet.compile(dynamic=False)
     betas: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
     ddim: Any = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False)
     dpm: Any = DPMSolverMultistepScheduler(**betas)

@@ -6,6 +6,7 @@ watch over the gradients, AdamW, EMA. The peer's has the same objective, precisi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from t2v.batch import ClipBatch
-from t2v.benchmarks.measuring import Row, attempt, ceilings, default_device, peak_memory, speed, timed, write_profile
+from t2v.benchmarks.measuring import Row, attempt, ceilings, default_device, peak_memory, speed, synchronize, timed, write_profile
 from t2v.benchmarks.random_parts import (
     backend_for,
     config_for,
@@ -82,13 +83,16 @@ def train(
             file = Path(profile) if profile and name == "t2v" and batch == batches[-1] else None
 
             def measure(make: Callable[..., Any] = make, batch: int = batch, file: Path | None = file) -> Row:
+                began = time.perf_counter()
                 step = make(config, place, batch, frames, size)
+                synchronize(place)
+                built = time.perf_counter() - began
                 timing = timed(step, place, rounds=rounds, seconds=seconds)
                 loss = float(step())
                 if file is not None:
                     write_profile(step, place, file)
                 unit = "images" if frames == 1 else "clips"
-                return {**speed(timing, batch, work, best, unit), **peak_memory(place), "loss": loss}
+                return {**speed(timing, batch, work, best, unit), **peak_memory(place), "build_s": built, "loss": loss}
 
             rows.append(attempt(known, measure, may_fail=name != "t2v"))
     return rows
@@ -133,7 +137,7 @@ def our_step(
     module.to(device)  # where it puts noise and timesteps
     module.unet.train()
     if compile:
-        module.unet.compile()
+        module.unet.compile(dynamic=False)
     optimizer = module.configure_optimizers()["optimizer"]
     clips = clips_for(fed, width, device, batch, frames, size)
     stream = "image" if frames == 1 else "video"
@@ -177,7 +181,7 @@ def peers_step(compiled: bool, config: Mapping[str, Any], device: torch.device, 
     """diffusers' class on latents, under the same objective, precision and optimizer; no average."""
     peer = random_peer(config, device).train()
     optimizer = torch.optim.AdamW(peer.parameters(), **OPTIMIZER)
-    network = torch.compile(peer) if compiled else peer
+    network = torch.compile(peer, dynamic=False) if compiled else peer
     objective = DenoisingLoss()
     shape = (batch, peer.config.in_channels, frames, size, size)
     latents, noise = (torch.randn(shape, device=device) for _ in range(2))

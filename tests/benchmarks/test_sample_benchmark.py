@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from t2v.benchmarks import encode as encoding
+from t2v.benchmarks import sample as sampling
 from t2v.benchmarks.encode import encode
 from t2v.benchmarks.random_parts import SMALL, kl_config
 from t2v.benchmarks.sample import sample
@@ -28,6 +29,22 @@ def test_a_row_for_each_sampler_number_of_prompts_and_network(tmp_path: Path) ->
         work = row["steps"] * 2 * unet_tflop(SMALL, (4, 2, 4, 4), (77, 64)) + autoencoder_tflop(kl_config(None, CPU), (4, 2, 4, 4))[1]
         assert row["tflop_per_s"] == pytest.approx(row["clips_per_s"] * work)
     assert "aten::addmm" in (tmp_path / "kernels.txt").read_text()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_settings_reach_what_is_measured(on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Spy(sampling.TextToVideoPipeline):
+        def __init__(self, *parts: Any, cuda_graph: bool, **options: Any) -> None:
+            made.append(cuda_graph)
+            super().__init__(*parts, cuda_graph=cuda_graph, **options)
+
+    monkeypatch.setattr(sampling, "TextToVideoPipeline", Spy)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not on)
+    sample(**QUICK, prompts=[1], steps={"ddim": 1}, cuda_graph=on, cudnn_benchmark=on)
+    assert made == [on]
+    assert torch.backends.cudnn.benchmark is on
 
 
 def test_encoding_and_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
