@@ -105,7 +105,11 @@ def test_without_a_gpu_there_is_no_ceiling_but_one_may_be_given() -> None:
         TrainingLog(ceiling=0)
 
 
+@pytest.mark.slow
 def test_operations_are_those_of_the_paper() -> None:
     assert unet_tflop({}, (4, 16, 32, 32), (77, 1024)) == pytest.approx(4.83, rel=1e-2)  # diffusers' 4.887, less text projected per frame
+
+
+def test_operations_of_the_encoder_and_of_images() -> None:
     assert autoencoder_tflop(SD_CONFIG, (4, 1, 32, 32))[0] == pytest.approx(4.36 / 16, rel=1e-2)
     assert unet_tflop(UNET, (4, 1, 4, 4), (7, 32)) < unet_tflop(UNET, (4, 4, 4, 4), (7, 32)) / 4
