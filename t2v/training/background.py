@@ -11,6 +11,8 @@ from torch import Tensor
 
 from t2v.checkpoint import Piece
 
+WRITER = "checkpoint writer"  # the thread's name
+
 
 class HostCopies:
     """This rank's pieces as they are now, in host memory: pinned where they come from a GPU, and kept for the next checkpoint, since
@@ -55,7 +57,7 @@ class Background:
             except BaseException as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=run, daemon=True, name="checkpoint")  # a training that dies does not wait for it
+        self._thread = threading.Thread(target=run, daemon=True, name=WRITER)  # a training that dies does not wait for it
         self._thread.start()
 
     @property

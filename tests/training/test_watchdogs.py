@@ -32,26 +32,41 @@ class Misfortune(Callback):
         self.rank, self.event = rank, event
 
     def on_train_batch_start(self, trainer: Any, *arguments: Any) -> None:
-        if trainer.global_rank == self.rank and trainer.global_step == 2:
+        if trainer.global_rank == self.rank and trainer.global_step == 2 and self.event in ("stop", "hang"):
             if self.event == "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
             time.sleep(120)
 
+    def on_before_backward(self, trainer: Any, module: Any, loss: torch.Tensor) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == 2:
+            if self.event == "begin of backward":
+                loss.register_hook(lambda gradient: time.sleep(120))
+            if self.event == "end of backward":
+                module.unet.conv_in.weight.register_hook(lambda gradient: time.sleep(120))
 
-def watched(folder: Path, rank: int, event: str) -> None:
+
+def watched(folder: Path, rank: int, event: str, strategy: str) -> None:
     data = MadeUpData(BATCH, MICRO, JointMixture())
-    fit(small_module(), data, folder, strategy="ddp", world=2, steps=9, callbacks=[RankWatch(5.0), Misfortune(rank, event)])
+    how: Any = FullyShardedStrategy() if strategy == "fsdp" else strategy
+    fit(small_module(), data, folder, strategy=how, world=2, steps=9, callbacks=[RankWatch(5.0), Misfortune(rank, event)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rank", "event", "said"),
-    [(1, "stop", "rank 1"), (0, "stop", "rank 0"), (1, "hang", "rank 1")],
+    ("rank", "event", "strategy", "place"),
+    [
+        (1, "stop", "ddp", "does not answer"),
+        (0, "stop", "ddp", "does not answer"),
+        (1, "hang", "ddp", "before its backward pass"),
+        (1, "begin of backward", "ddp", "in its backward pass"),
+        (0, "end of backward", "ddp", "in its backward pass"),
+        (1, "begin of backward", "fsdp", "in its backward pass"),
+    ],
 )
 def test_a_rank_that_stops_ends_the_run_by_name(
-    rank: int, event: str, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    rank: int, event: str, strategy: str, place: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    processes = start_ranks(watched, 2, tmp_path, tmp_path, rank, event)
+    processes = start_ranks(watched, 2, tmp_path, tmp_path, rank, event, strategy)
     try:
         for process in processes:
             process.join(60)
@@ -62,9 +77,9 @@ def test_a_rank_that_stops_ends_the_run_by_name(
     assert processes[1 - rank].exitcode == 1
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, lines
-    assert said in lines[0]
+    assert f"rank {rank} " in lines[0]
     assert f"pid {processes[rank].pid}" in lines[0]
-    assert ("stuck in micro-batch" if event == "hang" else "does not answer") in lines[0]
+    assert place in lines[0]
 
 
 @pytest.mark.slow
@@ -81,17 +96,20 @@ def test_the_judge_tells_the_silent_from_the_slow(monkeypatch: pytest.MonkeyPatc
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
-    def after(seconds: float, *said: tuple[int, int]) -> tuple[int, str] | None:
+    def after(seconds: float, *said: tuple[int, ...]) -> tuple[int, str] | None:
+        """`said` by each rank: beats, points passed and, if they are to be told, whether it computes and whether it exchanges."""
         clock[0] += seconds
-        return judge.hear({rank: Beat(beats, micro_batch) for rank, (beats, micro_batch) in enumerate(said)})
+        beats = {rank: Beat(one[0], one[1], f"point {one[1]}", *map(bool, one[2:])) for rank, one in enumerate(said)}
+        return judge.hear(beats)
 
     judge = Judge(seconds=10)
     assert after(0, (0, 0), (0, 0), (0, 0)) is None
     assert after(11, (1, 0), (1, 0), (1, 0)) is None  # all live and none moves: an evaluation
-    accused = after(1, (2, 1), (2, 0), (2, 1))  # the others have gone on
+    assert after(1, (2, 0, 0, 1), (2, 0, 0, 0), (2, 0, 0, 1)) is None  # of which one rank makes more than the others
+    accused = after(1, (3, 1), (3, 0), (3, 1))  # the others have gone on
     assert accused is not None
     assert accused[0] == 1
-    assert "stuck in micro-batch 0" in accused[1]
+    assert "stuck in point 0" in accused[1]
     judge = Judge(seconds=10)
     assert after(0, (0, 1), (0, 0), (0, 1)) is None
     assert after(9, (1, 1), (1, 1), (0, 1)) is None
@@ -99,6 +117,14 @@ def test_the_judge_tells_the_silent_from_the_slow(monkeypatch: pytest.MonkeyPatc
     assert accused is not None
     assert accused[0] == 2
     assert "does not answer" in accused[1]
+    judge = Judge(seconds=10)
+    assert after(0, (0, 5, 1, 1), (0, 5, 1, 0)) is None
+    accused = after(11, (1, 5, 1, 1), (1, 5, 1, 0))  # in a backward pass, both at the same point, but one of them waits there
+    assert accused is not None
+    assert accused[0] == 1
+    judge = Judge(seconds=10)
+    assert after(0, (0, 5, 1, 1), (0, 5, 1, 1)) is None
+    assert after(11, (1, 5, 1, 1), (1, 5, 1, 1)) is None  # both wait: a slow network is nobody's fault
     with pytest.raises(ValueError, match="above 0"):
         RankWatch(0)
 

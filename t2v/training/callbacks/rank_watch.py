@@ -1,8 +1,9 @@
 """Ends a training whose ranks wait for one that no longer answers, and names it.
 
 A collective operation waits for its slowest rank, for half an hour by default, and then says little. Here a thread of every rank writes
-into the run's folder, every few seconds, that its process lives and how far its training is. A rank that gets no further reads what the
-others wrote. Files, since they answer also where the process that others depend on is the one that stopped.
+into the run's folder, every few seconds, that its process lives and how far its training is; in the backward pass, where ranks meet only at
+its end (DDP) or block by block (FSDP), gradient by gradient. A rank that gets no further reads what the others wrote. Files, since they
+answer also where the process that others depend on is the one that stopped.
 """
 
 from __future__ import annotations
@@ -22,8 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
+from torch.utils.hooks import RemovableHandle
+
+from t2v.training.background import WRITER
 
 FOLDER, VERDICT = ".ranks", "verdict"
+WATCH = "rank watch"  # names of threads
+MARKS, LAST = (
+    64,
+    8,
+)  # gradients whose arrival is a point that is passed: so many, and those of the first parameters, which are the last to come
 
 
 @dataclass(frozen=True)
@@ -31,13 +40,16 @@ class Beat:
     """What a rank says of itself."""
 
     beats: int  # grows as long as the process runs
-    passed: int  # points of the training: the begin of a micro-batch, and that of its backward pass
+    passed: int  # points of the training: the begin of a micro-batch, of its backward pass, of some gradients, the end of all
+    place: str = ""  # where that is
+    computes: bool = False  # between the begin of a micro-batch and the end of its backward pass
+    exchanges: bool = False  # it is inside a call that ends when all ranks have made it
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
 
 
 class Judge:
-    """Which rank was silent, or behind the others, for `seconds` of this process's clock."""
+    """Which rank was silent, or behind the others, or not where they wait, for `seconds` of this process's clock."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -60,11 +72,16 @@ class Judge:
             if now - self.beaten[rank] > self.seconds:
                 return rank, "does not answer: its process is stopped or gone"
             if beat.passed < ahead and now - self.moved[rank] > self.seconds:
-                return (
-                    rank,
-                    f"is stuck in micro-batch {beat.passed // 2} of this session and others wait: its data or device may hang",
-                )
+                return rank, self._stuck(beat)
+        if all(beat.computes and now - self.moved[rank] > self.seconds for rank, beat in beats.items()):
+            absent = [rank for rank, beat in beats.items() if not beat.exchanges]
+            if 0 < len(absent) < len(beats):  # the same point, but all others are in an exchange there
+                return absent[0], self._stuck(beats[absent[0]])
         return None
+
+    @staticmethod
+    def _stuck(beat: Beat) -> str:
+        return f"is stuck in {beat.place} and others wait: its data or device may hang"
 
 
 class RankWatch(Callback):
@@ -77,7 +94,9 @@ class RankWatch(Callback):
         if not seconds > 0:
             raise ValueError(f"callbacks.rank_watch.seconds is {seconds}: it must be above 0; ~callbacks.rank_watch leaves the watch out")
         self.seconds = seconds
-        self.passed = 0
+        self.passed = self.micro_batches = 0
+        self.phase, self.computes = "", False
+        self._marks: list[RemovableHandle] = []
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -93,17 +112,34 @@ class RankWatch(Callback):
         trainer.strategy.barrier()
         self._ended.clear()
         arguments = (folder, trainer.global_rank, trainer.world_size, getattr(trainer.strategy, "launcher", None))
-        self._thread = threading.Thread(target=self._watch, args=arguments, daemon=True, name="rank watch")
+        self._thread = threading.Thread(target=self._watch, args=arguments, daemon=True, name=WATCH)
         self._thread.start()
 
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        marked = {id(p): p for p in (*parameters[:LAST], *parameters[:: max(1, len(parameters) // MARKS)])}.values()
+        self._marks = [parameter.register_post_accumulate_grad_hook(self._mark) for parameter in marked]
+
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.passed += 1
+        self.micro_batches += 1
+        self._pass("before its backward pass", computes=True)
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Any) -> None:
+        self._pass("in its backward pass", computes=True)
+
+    def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
+        self._pass("after its backward pass", computes=False)
+
+    def _mark(self, parameter: Any) -> None:
+        self.passed += 1
+
+    def _pass(self, phase: str, computes: bool) -> None:
+        self.phase, self.computes = phase, computes
         self.passed += 1
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._ended.set()
+        for mark in self._marks:
+            mark.remove()
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._ended.set()
@@ -153,9 +189,23 @@ class RankWatch(Callback):
 
     def _say(self, folder: Path, rank: int, beats: int) -> None:
         temporary = folder / f".rank-{rank}"
-        temporary.write_text(json.dumps(asdict(Beat(beats, self.passed))))
+        place = f"micro-batch {self.micro_batches} of this session, {self.phase}"
+        temporary.write_text(json.dumps(asdict(Beat(beats, self.passed, place, self.computes, in_exchange()))))
         temporary.replace(folder / f"rank-{rank}")
 
 
 def _read(folder: Path, world: int) -> dict[int, Beat]:
     return {rank: Beat(**json.loads((folder / f"rank-{rank}").read_text())) for rank in range(world)}
+
+
+def in_exchange() -> bool:
+    """Is a thread of this process, other than those that watch and write checkpoints, inside one of torch's calls between ranks?"""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        if names.get(ident) in (WATCH, WRITER):
+            continue
+        while frame is not None:
+            if frame.f_code.co_filename.endswith("distributed_c10d.py"):
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+    return False
