@@ -17,7 +17,7 @@ except ImportError:  # CPU builds of torch come without it
     triton = None
     _geglu_forward = _geglu_backward = None
 
-ROWS, CHUNK = 16, 128
+ROWS, BLOCK, CHUNK, WARPS = 16, 128, 128, 4
 
 
 def plain_geglu(x: Tensor, bias: Tensor) -> Tensor:
@@ -55,9 +55,9 @@ class FusedGEGLU(torch.autograd.Function):
 def _sizes(x: Tensor) -> tuple[int, dict[str, int], int]:
     d = x.shape[-1] // 2
     rows = x.numel() // (2 * d)
-    block = next((b for b in (128, 64, 32) if d % b == 0), 128)
+    block = next((b for b in (BLOCK, 64, 32) if d % b == 0), BLOCK)
     blocks = -(-d // block)
-    return rows, {"D": d, "blocks": blocks, "ROWS": ROWS, "CHUNK": CHUNK, "BLOCK": block}, -(-rows // CHUNK) * blocks
+    return rows, {"D": d, "blocks": blocks, "ROWS": ROWS, "CHUNK": CHUNK, "BLOCK": block, "num_warps": WARPS}, -(-rows // CHUNK) * blocks
 
 
 if triton is not None:

@@ -22,6 +22,10 @@ except ImportError:  # CPU builds of torch come without it
     _moments = _statistics = _result = _sums = _along = _gradient = None
 
 
+ROWS, BLOCK, WARPS = 32, 64, 4  # a tile: positions, channels; and who works on it
+CHUNK, MAX_CHUNKS, PROGRAMS = 256, 256, 1024  # positions of a program; chunks of a sample; programs that keep a GPU busy
+
+
 def plain_group_norm(
     x: Tensor,
     weight: Tensor,
@@ -101,8 +105,8 @@ class FusedGroupNorm(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         x = x.contiguous()
         shift = None if shift is None else shift.contiguous()
-        n, s, c = x.shape
-        sizes = _Sizes(n, s, c, groups)
+        n, _, c = x.shape
+        sizes = _Sizes(x, groups)
         means, squares = (x.new_empty((n * sizes.chunks, c), dtype=torch.float32) for _ in range(2))
         mean, inverse = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
         y = torch.empty_like(x, dtype=dtype)
@@ -158,24 +162,22 @@ class FusedGroupNorm(torch.autograd.Function):
 class _Sizes:
     """How (n s c) is divided between programs: each takes BLOCK channels of `chunk` positions of a sample, ROWS positions at a time."""
 
-    ROWS = 32
-
-    def __init__(self, n: int, s: int, c: int, groups: int):
-        self.groups = groups
-        self.chunk = max(256, -(-s // (256 * self.ROWS)) * self.ROWS)  # at most 256 chunks a sample
-        self.chunks = -(-s // self.chunk)
-        block = next((b for b in (64, 32, 16) if c % b == 0), 64)
+    def __init__(self, x: Tensor, groups: int):
+        n, s, c = x.shape
+        block = next((b for b in (BLOCK, 32, 16) if c % b == 0), BLOCK)
         blocks = -(-c // block)
+        chunk = CHUNK
+        while chunk > ROWS and n * blocks * -(-s // chunk) < PROGRAMS:  # small tensors: shorter programs rather than few
+            chunk //= 2
+        while -(-s // chunk) > MAX_CHUNKS:
+            chunk *= 2
+        self.groups = groups
+        self.chunks = -(-s // chunk)
         self.programs = n * self.chunks * blocks
         self.samples = n
-        self.common = {
-            "S": s, "C": c, "GROUPS": groups, "CHUNK": self.chunk, "chunks": self.chunks,
-            "blocks": blocks, "ROWS": self.ROWS, "BLOCK": block,
-        }  # fmt: skip
-        self.grouped = {
-            "S": s, "C": c, "GROUPS": groups, "CHUNK": self.chunk, "chunks": self.chunks,
-            "CHUNKS": _power(self.chunks), "WIDTH": _power(c // groups),
-        }  # fmt: skip
+        sizes = {"S": s, "C": c, "GROUPS": groups, "CHUNK": chunk, "chunks": self.chunks}
+        self.common = {**sizes, "blocks": blocks, "ROWS": ROWS, "BLOCK": block, "num_warps": WARPS}
+        self.grouped = {**sizes, "CHUNKS": _power(self.chunks), "WIDTH": _power(c // groups)}
 
     def shifted(self, shift: Tensor | None) -> dict[str, Any]:
         return {"SHIFT": shift is not None, "per_shift": 1 if shift is None else self.samples // len(shift)}

@@ -18,6 +18,10 @@ except ImportError:  # CPU builds of torch come without it
     _norm_forward = _norm_backward = None
 
 
+TILE, WARPS = 2048, 4  # numbers of a tile of whole rows, and who works on them
+PROGRAMS = 16  # of each multiprocessor, that sum the weights' gradients
+
+
 def plain_add_layer_norm(
     x: Tensor, branch: Tensor | None, offset: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -61,23 +65,30 @@ class FusedAddLayerNorm(torch.autograd.Function):
         assert grad is not None, "a normalised value that nothing uses"
         steps = _power(-(-rows // (sizes["ROWS"] * _programs(total))))
         programs = -(-rows // (sizes["ROWS"] * steps))
-        sums = total.new_empty((3, programs, total.shape[-1]), dtype=torch.float32)
+        sums = total.new_empty((2 + (offset is not None), programs, total.shape[-1]), dtype=torch.float32)
         dx = torch.empty_like(total)
         of_total = None if of_total is None else of_total.contiguous()
         launch(
-            _norm_backward, programs, total, total, weight, grad.contiguous(), of_total, dx, *sums,
+            _norm_backward, programs, total, total, weight, grad.contiguous(), of_total, dx, *sums, *[None] * (offset is None),
             rows, ctx.eps, **sizes, STEPS=steps, RESIDUAL=of_total is not None, OFFSET=offset is not None,
         )  # fmt: skip
-        of_weight, of_bias = sums[:2].sum(1)
-        of_offset = None if offset is None else sums[2].sum(0).to(offset.dtype)
-        return dx, dx if ctx.of_branch else None, of_offset, of_weight.to(weight.dtype), of_bias.to(bias.dtype), None, None
+        of_weight, of_bias, *of_offset = sums.sum(1)
+        return (
+            dx,
+            dx if ctx.of_branch else None,
+            of_offset[0].to(offset.dtype) if of_offset else None,
+            of_weight.to(weight.dtype),
+            of_bias.to(bias.dtype),
+            None,
+            None,
+        )
 
 
 def _sizes(x: Tensor) -> tuple[int, dict[str, int]]:
     """Rows, and how many of them a program takes at a time: some 2,048 numbers."""
     d = x.shape[-1]
     block = _power(d)
-    return x.numel() // d, {"D": d, "ROWS": max(1, 2048 // block), "BLOCK": block}
+    return x.numel() // d, {"D": d, "ROWS": max(1, TILE // block), "BLOCK": block, "num_warps": WARPS}
 
 
 def _power(n: int) -> int:
@@ -87,7 +98,7 @@ def _power(n: int) -> int:
 
 def _programs(x: Tensor) -> int:
     """How many sum the weights' gradients at once, at most."""
-    return 16 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    return PROGRAMS * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
 
 
 if triton is not None:

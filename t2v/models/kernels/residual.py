@@ -16,7 +16,7 @@ except ImportError:  # CPU builds of torch come without it
     triton = None
     _sum_forward = _column_sums = None
 
-ROWS, CHUNK = 32, 256
+ROWS, BLOCK, CHUNK, WARPS = 32, 64, 256, 4
 
 
 def plain_residual_sum(x: Tensor, branch: Tensor, offset: Tensor) -> Tensor:
@@ -51,9 +51,9 @@ class FusedResidualSum(torch.autograd.Function):
 def _sizes(x: Tensor) -> tuple[int, int, dict[str, int]]:
     d = x.shape[-1]
     rows = x.numel() // d
-    block = next((b for b in (64, 32, 16) if d % b == 0), 64)
+    block = next((b for b in (BLOCK, 32, 16) if d % b == 0), BLOCK)
     blocks = -(-d // block)
-    return rows, -(-rows // CHUNK) * blocks, {"D": d, "blocks": blocks, "CHUNK": CHUNK, "ROWS": ROWS, "BLOCK": block}
+    return rows, -(-rows // CHUNK) * blocks, {"D": d, "blocks": blocks, "CHUNK": CHUNK, "ROWS": ROWS, "BLOCK": block, "num_warps": WARPS}
 
 
 if triton is not None:
