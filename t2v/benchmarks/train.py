@@ -48,6 +48,7 @@ def train(
     attention_backend: str | None = None,
     channels_last: bool = True,
     compile: bool = False,
+    cuda_graphs: bool = False,
     versus: str | None = None,
     compile_peer: bool = False,
     rounds: int = 20,
@@ -74,7 +75,7 @@ def train(
     latents = (4, frames, size, size)
     work = 3 * unet_tflop(config, latents, (TOKENS, config.get("cross_attention_dim", 1024)))
     work += autoencoder_tflop(kl_config(None, place), latents)[0] if fed == "pixels" else 0
-    step_of = {"t2v": partial(our_step, fed, gradient_checkpointing, attention_backend, channels_last, compile)}
+    step_of = {"t2v": partial(our_step, fed, gradient_checkpointing, attention_backend, channels_last, compile, cuda_graphs)}
     if versus:
         step_of["diffusers"] = partial(peers_step, compile_peer)
     for batch in batches:
@@ -110,6 +111,7 @@ def our_step(
     attention_backend: str | None,
     channels_last: bool,
     compile: bool,
+    cuda_graphs: bool,
     config: Mapping[str, Any],
     device: torch.device,
     batch: int,
@@ -138,6 +140,8 @@ def our_step(
     module.unet.train()
     if compile:
         module.unet.compile(dynamic=False)
+    if cuda_graphs:
+        module.record_network()
     optimizer = module.configure_optimizers()["optimizer"]
     clips = clips_for(fed, width, device, batch, frames, size)
     stream = "image" if frames == 1 else "video"

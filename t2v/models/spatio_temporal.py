@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from t2v.models.attention import SpatialTransformer, TemporalTransformer
 from t2v.models.convolution import Downsample, SpatialConvBlock, TemporalConvBlock, Upsample
 
-CHECKPOINTING = ("none", "attention", "all")
+CHECKPOINTING = ("none", "elementwise", "attention", "all")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from t2v.models.attention import check_backend
 from t2v.models.convolution import GroupNorm, SpatialConv
-from t2v.models.kernels import Fusable
+from t2v.models.kernels import Fusable, recomputed
 from t2v.models.spatio_temporal import CHECKPOINTING, BlockSettings, DownStage, MidStage, UpStage, run, stages_of, temporal_transformer
 from t2v.models.timestep import TimestepEmbedding
 
@@ -41,7 +41,8 @@ class VideoUNet(nn.Module):
     temporal_dropout         in the temporal convolution blocks
     attention_backend        "sdpa", "xformers", or "triton" (a fused kernel for temporal attention)
     fused_kernels            on a GPU, norms with their neighbours and GEGLU as one kernel each (t2v/models/kernels)
-    gradient_checkpointing   "none", "attention" or "all": whose activations are recomputed in the backward pass; may be changed later
+    gradient_checkpointing   what the backward pass computes again instead of keeping it: "none"; "elementwise", what the fused kernels
+                             write (no matrix product); "attention", transformers; "all", every block. May be changed later
 
     Raises ValueError where widths do not fit together.
     """
@@ -122,7 +123,10 @@ class VideoUNet(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor) -> Tensor:
         """sample (b c f h w), timestep (b,) or one for all, encoder_hidden_states (b n d) -> predicted noise (b c f h w)."""
         self.check_inputs(sample, encoder_hidden_states)
-        text = encoder_hidden_states
+        with recomputed(self.gradient_checkpointing == "elementwise" and torch.is_grad_enabled()):
+            return self.predict(sample, timestep, encoder_hidden_states)
+
+    def predict(self, sample: Tensor, timestep: Tensor | float, text: Tensor) -> Tensor:
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         time = F.silu(self.time_embedding(timestep))  # (b d); every block starts by this SiLU, so it is done once
         x = self.conv_in(sample.permute(0, 2, 3, 4, 1))  # (b f h w c)

@@ -27,6 +27,7 @@ from t2v.models.text_encoder import TextEncoder
 from t2v.pipeline import TextToVideoPipeline
 from t2v.training.checkpoints import count_batches, lay_out_like_parameters
 from t2v.training.ema import EMA
+from t2v.training.graphs import RecordedNetwork, own_gradients
 from t2v.training.mixture import StepPlan
 from t2v.training.nan_watch import MicroBatch, NonFiniteError, explain, gradient_norm
 from t2v.training.sharding import materialise
@@ -59,6 +60,7 @@ class TextToVideoModule(LightningModule):
         caption_dropout: float = 0.1,
         temporal_lr_factor: float = 1.0,
         seed: int = 0,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout < 1:
@@ -78,6 +80,8 @@ class TextToVideoModule(LightningModule):
         self.caption_dropout = caption_dropout
         self.temporal_lr_factor = temporal_lr_factor
         self.seed = seed
+        self.cuda_graphs = cuda_graphs
+        self.recorded: RecordedNetwork | None = None
         self.micro_batches: list[MicroBatch] = []  # of the optimizer step under way, or just done
         self.gradient_norm: Tensor | None = None  # of the last optimizer step, before clipping
 
@@ -102,6 +106,16 @@ class TextToVideoModule(LightningModule):
         if strategy.root_device.type == "cuda" and not isinstance(strategy, FullyShardedStrategy):
             for network in (self.unet, self.ema_unet):
                 channels_last(network)
+
+    def record_network(self) -> None:
+        """cuda_graphs: from now on, the network runs as CUDA graphs. On one GPU, because with more the exchange of gradients would have to
+        wait for the whole backward pass."""
+        if self.unet.gradient_checkpointing in ("attention", "all"):  # it saves and sets the state of random numbers
+            raise ValueError(
+                f"module.cuda_graphs=true cannot record unet.gradient_checkpointing={self.unet.gradient_checkpointing}: "
+                "use none or elementwise, or module.cuda_graphs=false"
+            )
+        self.recorded = RecordedNetwork(self.unet)
 
     def configure_optimizers(self) -> Any:
         temporal = {name: any(part in name for part in TEMPORAL_MODULES) for name, _ in self.unet.named_parameters()}
@@ -156,7 +170,7 @@ class TextToVideoModule(LightningModule):
         encoded = self.encode(stream, clips)
         timestep = self.timesteps(self._keys("timestep", stream, clips), self.objective.schedule.num_timesteps).to(self.device)
         noise = normal(self._keys("noise", stream, clips), encoded.latents.shape[1:]).to(self.device)
-        losses = self.objective(self.unet, encoded.latents, encoded.text, timestep, noise)  # (b,)
+        losses = self.objective(self.recorded or self.unet, encoded.latents, encoded.text, timestep, noise)  # (b,)
         return MicroBatch(stream, clips.keys, encoded, timestep, noise, losses)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -168,6 +182,12 @@ class TextToVideoModule(LightningModule):
         """The average follows at once, before any callback can save or sample it."""
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self.ema_unet, self.unet, self.global_step + 1)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        own = self.recorded is not None and self.plan.accumulate > 1
+        if own:
+            own_gradients(self.unet)
+        optimizer.zero_grad(set_to_none=not own)
 
     def _keys(self, purpose: str, stream: str, clips: ClipBatch) -> list[tuple[Any, ...]]:
         return [(self.seed, purpose, self.global_step, stream, index) for index in clips.indices]
@@ -184,6 +204,8 @@ class TextToVideoModule(LightningModule):
         return checkpoint.describe(self.unet, self.frozen, self.sampler, sample=self.sample, step=step)
 
     def on_train_start(self) -> None:
+        if self.cuda_graphs and self.device.type == "cuda" and self.trainer.world_size == 1:
+            self.record_network()
         lay_out_like_parameters(self.trainer.optimizers[0])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

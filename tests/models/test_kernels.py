@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from small_unets import TWO_LEVELS, inputs, randomize
 from torch import Tensor
 
-from t2v.models.kernels import Fusable, PlannedGPU, planned_gpu
+from t2v.models.kernels import Fusable, PlannedGPU, planned_gpu, recomputed
 from t2v.models.kernels.geglu import fused_geglu, plain_geglu
 from t2v.models.kernels.group_norm import fused_group_norm, keep_mask, plain_group_norm
 from t2v.models.kernels.layer_norm import fused_add_layer_norm, plain_add_layer_norm
@@ -92,6 +93,29 @@ def test_residual_sum() -> None:
 def test_temporal_attention(f: int) -> None:
     torch.manual_seed(0)
     compare(lambda qkv: (FusedTemporalAttention.apply(qkv),), lambda qkv: (PlainTemporalAttention.apply(qkv),), randn(2, f, 3, 3, 2, 16))
+
+
+def test_what_kernels_wrote_is_made_again_and_not_kept() -> None:
+    torch.manual_seed(0)
+    x, weight, bias, matrix = randn(2, 40, 32), randn(32), randn(32), randn(16, 16)
+    seed = torch.tensor([5, 6], dtype=torch.int32)
+
+    def gradients(again: bool) -> tuple[list[Tensor], bool]:
+        with recomputed(again):
+            y, _ = fused_group_norm(x, weight, bias, 4, 1e-5, silu=True, dropout=0.2, seed=seed)
+            total, y = fused_add_layer_norm(y, None, None, weight, bias, 1e-5)
+            y = fused_geglu(y, bias)
+            z = y @ matrix
+        storage = weakref.ref(y.untyped_storage())
+        del y, total
+        lives = storage() is not None
+        return list(torch.autograd.grad(z.square().sum(), (x, weight, bias, matrix))), lives
+
+    kept, lived = gradients(False)
+    made_again, still_lived = gradients(True)
+    assert lived and not still_lived
+    for a, b in zip(made_again, kept, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -51,3 +53,76 @@ def compute_dtype(x: Tensor) -> torch.dtype:
         return planned.autocast or x.dtype
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+
+
+# Recomputation: what a kernel made is made again in the backward pass instead of being kept there for the matrix product that it fed.
+
+
+class _Recipes:
+    """During a forward pass: storage -> how its content is made, for as long as the storage lives."""
+
+    def __init__(self) -> None:
+        self.of_storage: dict[int, Callable[[], Tensor]] = {}
+
+    def add(self, y: Tensor, recipe: Callable[[], Tensor]) -> None:
+        storage = y.untyped_storage()
+        self.of_storage[storage._cdata] = _Once(recipe)
+        weakref.finalize(storage, self.of_storage.pop, storage._cdata)
+
+    def pack(self, x: Tensor) -> Any:
+        recipe = self.of_storage.get(x.untyped_storage()._cdata)
+        return x if recipe is None else (recipe, x.shape, x.stride(), x.storage_offset())
+
+    @staticmethod
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        recipe, *view = packed
+        return recipe().as_strided(*view)
+
+
+class _Once:
+    """A recipe whose result is shared by all who ask while one of them holds it."""
+
+    def __init__(self, recipe: Callable[[], Tensor]) -> None:
+        self.recipe = recipe
+        self.made: Callable[[], Tensor | None] = lambda: None
+
+    def __call__(self) -> Tensor:
+        y = self.made()
+        if y is None:
+            y = self.recipe()
+            self.made = weakref.ref(y)
+        return y
+
+
+_recipes: ContextVar[_Recipes | None] = ContextVar("recipes", default=None)
+
+
+@contextmanager
+def recomputed(active: bool) -> Iterator[None]:
+    """Within, if `active`, the backward pass makes the kernels' outputs again: norms, activations and their dropout, no matrix product."""
+    if not active:
+        yield
+        return
+    recipes = _Recipes()
+    token = _recipes.set(recipes)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(recipes.pack, recipes.unpack):
+            yield
+    finally:
+        _recipes.reset(token)
+
+
+def remember(y: Tensor, recipe: Callable[[Tensor], None]) -> None:
+    """`recipe` writes the content of y into a tensor like it."""
+    recipes = _recipes.get()
+    if recipes is not None:
+        shape, dtype, device = y.shape, y.dtype, y.device
+
+        def again() -> Tensor:
+            made = torch.empty(shape, dtype=dtype, device=device)
+            recipe(made)
+            return made
+
+        recipes.add(y, again)

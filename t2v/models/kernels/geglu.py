@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2v.models.kernels import launch
+from t2v.models.kernels import launch, remember
 
 try:
     import triton
@@ -37,7 +37,12 @@ class FusedGEGLU(torch.autograd.Function):
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
         rows, sizes, programs = _sizes(x)
-        launch(_geglu_forward, programs, x, x, bias, y, rows, **sizes)
+
+        def write(y: Tensor) -> None:
+            launch(_geglu_forward, programs, x, x, bias, y, rows, **sizes)
+
+        write(y)
+        remember(y, write)
         ctx.save_for_backward(x, bias)
         return y
 

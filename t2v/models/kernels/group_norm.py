@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2v.models.kernels import compute_dtype, launch
+from t2v.models.kernels import compute_dtype, launch, remember
 
 try:
     import triton
@@ -112,22 +112,13 @@ class FusedGroupNorm(torch.autograd.Function):
         y = torch.empty_like(x, dtype=dtype)
         launch(_moments, sizes.programs, x, x, shift, means, squares, **sizes.common, **sizes.shifted(shift))
         launch(_statistics, n * groups, x, means, squares, mean, inverse, eps, **sizes.grouped)
-        launch(
-            _result,
-            sizes.programs,
-            x,
-            x,
-            shift,
-            weight,
-            bias,
-            mean,
-            inverse,
-            seed,
-            y,
-            **sizes.common,
-            **sizes.shifted(shift),
-            **_after(silu, dropout),
-        )
+        options = {**sizes.common, **sizes.shifted(shift), **_after(silu, dropout)}
+
+        def write(y: Tensor) -> None:
+            launch(_result, sizes.programs, x, x, shift, weight, bias, mean, inverse, seed, y, **options)
+
+        write(y)
+        remember(y, write)
         ctx.save_for_backward(x, weight, bias, shift, mean, inverse, seed)
         ctx.settings = sizes, silu, dropout
         return y, x

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2v.models.kernels import compute_dtype, launch
+from t2v.models.kernels import compute_dtype, launch, remember
 
 try:
     import triton
@@ -48,11 +48,17 @@ class FusedAddLayerNorm(torch.autograd.Function):
         total = x if branch is None else torch.empty_like(x)
         y = torch.empty_like(x, dtype=dtype)
         rows, sizes = _sizes(x)
+        programs = -(-rows // sizes["ROWS"])
         branch = None if branch is None else branch.contiguous()
-        launch(
-            _norm_forward, -(-rows // sizes["ROWS"]), x, x, branch, offset, weight, bias, total, y, rows, eps, **sizes,
-            BRANCH=branch is not None, OFFSET=offset is not None,
-        )  # fmt: skip
+        adds = {"BRANCH": branch is not None, "OFFSET": branch is not None and offset is not None}
+        launch(_norm_forward, programs, x, x, branch, offset, weight, bias, total, y, rows, eps, **sizes, **adds)
+
+        def write(y: Tensor) -> None:
+            launch(
+                _norm_forward, programs, total, total, None, None, weight, bias, total, y, rows, eps, **sizes, BRANCH=False, OFFSET=False
+            )
+
+        remember(y, write)
         ctx.save_for_backward(total, weight, bias, offset)
         ctx.eps, ctx.of_branch = eps, branch is not None
         return total, y
