@@ -221,7 +221,9 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
     print(f"         at {cfg.hardware.tflops} TFLOP/s ({cfg.hardware.source}), no time lost between GPUs")
     print(f"disk     {checkpoint / 1e9:.3g} GB a checkpoint, every {every} steps ({report.duration(seconds * every)}), {keep} kept")
     if cfg.callbacks.checkpoints.background:
-        each = f"{checkpoint / 1e9 / (steps.world if sharded else 1):.3g} GB of host memory on {'every' if sharded else 'the first'} rank"
+        sizes_of_two = [1 << (parameter.numel() * parameter.element_size() - 1).bit_length() for parameter in parts.unet.parameters()]
+        pinned = (2 + layout.moments) * sum(sizes_of_two) / (steps.world if sharded else 1)  # CUDA gives it out in powers of two
+        each = f"{pinned / 1e9:.3g} GB of pinned host memory on {'every' if sharded else 'the first'} rank"
         print(f"         written while training goes on, from {each} (callbacks.checkpoints.background=false: none, but training waits)")
 
 
