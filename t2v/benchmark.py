@@ -3,6 +3,7 @@
     python -m t2v.benchmark what=train versus=diffusers      optimizer steps of the full-size network (a small one without a GPU)
     python -m t2v.benchmark what=image versus=diffusers      the same on images
     python -m t2v.benchmark what=sample|encode               prompts to videos; frames to latents and back
+    python -m t2v.benchmark what=sample unet=shapes versus=diffusers +options.size=8      on a laptop
     python -m t2v.benchmark what=parity                      is the network diffusers' network, are the attention backends exact
     python -m t2v.benchmark what=unet +options.threads=2     forward and backward against diffusers' class
     python -m t2v.benchmark what=decode                      how fast clips are read
@@ -50,6 +51,8 @@ def benchmark(cfg: DictConfig) -> None:
     module, name = WHAT[cfg.what].split(":")
     function = getattr(importlib.import_module(f"t2v.benchmarks.{module}"), name)
     options: Any = OmegaConf.to_container(cfg.options, resolve=True)
+    if cfg.get("unet") is not None:
+        options["config"] = {name: value for name, value in OmegaConf.to_container(cfg.unet, resolve=True).items() if name != "_target_"}  # type: ignore[union-attr]
     if cfg.versus is not None:
         options["versus"] = cfg.versus
     signature = inspect.signature(function)

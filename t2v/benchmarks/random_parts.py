@@ -11,7 +11,7 @@ from torch import nn
 from t2v.models.attention import check_backend
 from t2v.models.autoencoder import SD_CONFIG, Autoencoder
 from t2v.models.text_encoder import VIT_H, TextEncoder, empty_tower
-from t2v.models.unet import VideoUNet
+from t2v.models.unet import EXTRAS, VideoUNet
 
 SMALL: dict[str, Any] = {
     "block_out_channels": (32, 64),
@@ -63,7 +63,17 @@ def random_peer(config: Mapping[str, Any], device: torch.device, dtype: torch.dt
 
     peer_class: Any = diffusers.UNet3DConditionModel
     with device:
-        return randomised(peer_class(**config), device, dtype)
+        return randomised(peer_class(**peer_config(config)), device, dtype)
+
+
+def peer_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what diffusers' class does not know. Raises ValueError where that would make another network of it."""
+    for name in ("num_temporal_convs", "num_temporal_attentions", "temporal_positions"):
+        if config.get(name, EXTRAS[name]) != EXTRAS[name]:
+            raise ValueError(
+                f"{name}={config[name]} is a network that diffusers does not have (there it is {EXTRAS[name]}): leave versus out"
+            )
+    return {name: value for name, value in config.items() if name not in EXTRAS}
 
 
 def kl_config(config: Mapping[str, Any] | None, device: torch.device) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from t2v.benchmarks.parity import SMALL, build
+from t2v.benchmarks.random_parts import peer_config
 
 Row = dict[str, Any]
 
@@ -36,7 +37,7 @@ def unet(
     config = SMALL if config is None else config
     ours = build(device, config, seed=0).train()
     peer_class: Any = diffusers.UNet3DConditionModel
-    theirs = peer_class(**config).to(device).train()
+    theirs = peer_class(**peer_config(config)).to(device).train()
     theirs.load_state_dict(ours.state_dict())
     sample = torch.randn(clips, 4, frames, size, size, device=device)
     text = torch.randn(clips, 77, ours.config["cross_attention_dim"], device=device)

@@ -47,6 +47,7 @@ def test_options_that_cannot_take_effect_are_errors() -> None:
         ({"fed": "audio"}, "fed=audio"),
         ({"compile_peer": True}, "no peer"),
         ({"attention_backend": "triton"}, "NVIDIA GPU"),
+        ({"versus": "diffusers", "config": {**SMALL, "num_temporal_convs": 2}}, "num_temporal_convs=2"),
     ):
         with pytest.raises(ValueError, match=words):
             train(**QUICK, **options)
