@@ -56,11 +56,15 @@ def test_the_comparison_of_networks_counts_time_and_kept_tensors() -> None:
 def test_the_entry_point_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(benchmark.WHAT, "small", "parity:small")
     monkeypatch.setattr(module, "small", lambda size=1: [{"what": "x", "error": 0.5, "bound": 1.0, "fine": size < 3}], raising=False)
+    monkeypatch.setitem(benchmark.WHAT, "network", "parity:network")
+    monkeypatch.setattr(module, "network", lambda config: [{"config": config}], raising=False)
     for arguments, words, code in (
         (["what=small", "+options.size=2", f"output={tmp_path / 'rows.json'}"], "0.5    1      True", None),
         (["what=small", "+options.size=3"], "bound is not kept", 1),
         (["what=nothing"], "what=nothing", 1),
         (["what=small", "+options.sizes=3"], "no option sizes", 1),
+        (["what=small", "unet=shapes"], "no option config", 1),
+        (["what=network", "unet=shapes"], "'block_out_channels': [32, 64]", None),
     ):
         monkeypatch.setattr(sys, "argv", ["benchmark", *arguments])
         if code is None:
