@@ -44,6 +44,8 @@ HELD_OUT_PAIRS: frozenset[Pair] = frozenset({("green", "triangle"), ("yellow", "
 VIDEO_PAIRS: tuple[Pair, ...] = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS)
 IMAGE_PAIRS: tuple[Pair, ...] = tuple((c, s) for c in ALL_COLOURS for s in ALL_SHAPES if (c, s) not in HELD_OUT_PAIRS)
 
+MOTION = (("white", "circle"), "black")  # pair and background of the world in which captions differ in direction and speed alone
+
 VIDEO_TEMPLATES = (
     "a {colour} {shape} moving {direction} {speed} on a {background} background",
     "a {colour} {shape} moves {speed} {direction} over a {background} background",
@@ -114,6 +116,10 @@ def place(rng: random.Random, pair: Pair, background: str, direction: str | None
 
 def random_video(rng: random.Random, pairs: Sequence[Pair] = VIDEO_PAIRS) -> Spec:
     return place(rng, rng.choice(pairs), rng.choice(list(BACKGROUNDS)), rng.choice(list(DIRECTIONS)), rng.choice(list(SPEEDS)))
+
+
+def random_motion(rng: random.Random) -> Spec:
+    return place(rng, *MOTION, rng.choice(list(DIRECTIONS)), rng.choice(list(SPEEDS)))
 
 
 def random_image(rng: random.Random, pairs: Sequence[Pair] = IMAGE_PAIRS) -> Spec:

@@ -36,6 +36,7 @@ from t2v.data.shape_world import (
     HELD_OUT_PAIRS,
     IMAGE_COLOURS,
     IMAGE_PAIRS,
+    MOTION,
     SECONDS,
     SHAPES,
     SPEEDS,
@@ -46,6 +47,7 @@ from t2v.data.shape_world import (
     draw_clip,
     place,
     random_image,
+    random_motion,
     random_video,
 )
 from t2v.data.workers import end_with_parent
@@ -53,6 +55,7 @@ from t2v.video import decode_clip, write_mp4
 
 T = TypeVar("T")
 Media = Literal["image", "video"]
+World = Literal["all", "motion"]
 COMPLETE = "complete.json"  # written last; holds the settings
 FORMAT = 1  # raise it whenever the same settings would give other bytes
 SHAPE_OF_IMAGES = (4, 3)  # width : height of the JPEGs; the readers take the middle square
@@ -70,12 +73,15 @@ class Settings:
     height: int = 96
     fps: int = SOURCE_FPS
     samples_per_shard: int = 32
+    world: World = "all"  # "motion": white circles on black, so that captions differ in direction and speed alone
 
     def __post_init__(self) -> None:
         if self.media not in ("image", "video"):
             raise ValueError(f"media is {self.media!r}: expected 'image' or 'video'")
+        if self.world not in ("all", "motion"):
+            raise ValueError(f"world is {self.world!r}: expected 'all' or 'motion'")
         for field in fields(self)[1:]:
-            if field.name != "seed" and getattr(self, field.name) < 1:
+            if field.name not in ("seed", "world") and getattr(self, field.name) < 1:
                 raise ValueError(f"{field.name} is {getattr(self, field.name)}: expected at least 1")
         if self.height % 2:
             raise ValueError(f"height is {self.height}: H.264 with 4:2:0 colour needs an even one, such as {self.height + 1}")
@@ -83,7 +89,8 @@ class Settings:
     @property
     def folder(self) -> str:
         """Name of the folder that holds these shards: the settings' hash, so that different settings live side by side."""
-        words = json.dumps([FORMAT, asdict(self)], sort_keys=True)
+        settings = {name: value for name, value in asdict(self).items() if (name, value) != ("world", "all")}  # older than `world`
+        words = json.dumps([FORMAT, settings], sort_keys=True)
         return f"{self.media}-{hashlib.blake2b(words.encode(), digest_size=6).hexdigest()}"
 
     @property
@@ -97,6 +104,8 @@ class Settings:
 
     def spec(self, index: int) -> Spec:
         rng = random.Random(f"shapes/{self.seed}/{self.media}/{index}")
+        if self.world == "motion":
+            return random_motion(rng) if self.media == "video" else place(rng, *MOTION)
         return random_video(rng) if self.media == "video" else random_image(rng)
 
 
@@ -110,11 +119,12 @@ def shards(
     fps: int = SOURCE_FPS,
     samples_per_shard: int = 32,
     processes: int | None = None,
+    world: World = "all",
 ) -> list[str]:
     """Paths of the tar shards below `root`, made first if they are not there yet, by as many processes as this one may use cores
     (16 at most) if no number is given. Safe to call from several processes at once."""
     processes = min(16, len(os.sched_getaffinity(0))) if processes is None else processes
-    folder = prepare(root, Settings(media, count, seed, height, fps, samples_per_shard), processes)
+    folder = prepare(root, Settings(media, count, seed, height, fps, samples_per_shard, world), processes)
     return [str(path) for path in sorted(folder.glob("*.tar"))]
 
 
@@ -236,7 +246,7 @@ def render(spec: Spec, num_frames: int = 16, fps: float = 3.0, size: int = 64, *
     return decode_image(image_bytes(spec, height), size=size)
 
 
-HeldOut = Literal["seen", "unseen", "mixed", "image_only"]
+HeldOut = Literal["seen", "unseen", "mixed", "image_only", "motion"]
 
 
 def held_out_specs(n: int, seed: int = 0, kind: HeldOut = "mixed") -> list[Spec]:
@@ -244,19 +254,25 @@ def held_out_specs(n: int, seed: int = 0, kind: HeldOut = "mixed") -> list[Spec]
 
     kind: "seen": (colour, shape) pairs of the videos. "unseen": pairs that no clip or image shows together. "mixed": both in one deck,
     so that every pair of a video colour and a video shape is equally likely (4 of 24 unseen; `spec.unseen_pair` tells). "image_only":
-    pairs of which only images show the colour or the shape, here in motion: what images teach.
+    pairs of which only images show the colour or the shape, here in motion: what images teach. "motion": of the world in which only
+    direction and speed differ.
     """
     decks: dict[str, list[Pair]] = {
         "seen": list(VIDEO_PAIRS),
         "unseen": sorted(HELD_OUT_PAIRS),
         "mixed": [*VIDEO_PAIRS, *sorted(HELD_OUT_PAIRS)],
+        "motion": [MOTION[0]],
         "image_only": [pair for pair in IMAGE_PAIRS if pair[0] in IMAGE_COLOURS or pair[1] not in SHAPES],
     }
     if kind not in decks:
         raise ValueError(f"kind is {kind!r}: expected one of {', '.join(decks)}")
     rng = random.Random(f"shapes/{seed}/held out/{kind}")
     pairs = deal(rng, decks[kind], n)
-    motions = deal(rng, [(background, d, s) for background in BACKGROUNDS for d in DIRECTIONS for s in SPEEDS], n)
+    motions = deal(
+        rng,
+        [(background, d, s) for background in ([MOTION[1]] if kind == "motion" else BACKGROUNDS) for d in DIRECTIONS for s in SPEEDS],
+        n,
+    )
     return [place(rng, pair, *motion) for pair, motion in zip(pairs, motions)]
 
 

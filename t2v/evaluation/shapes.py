@@ -23,8 +23,9 @@ class HeldOutShapes:
     name = "shapes"
     recipe = "render 1"
 
-    def __init__(self, videos: int = 256, seed: int = 0) -> None:
-        self.specs: dict[str, Spec] = {f"shape{index:05d}": spec for index, spec in enumerate(held_out_specs(videos, seed))}
+    def __init__(self, videos: int = 256, seed: int = 0, kind: str = "mixed") -> None:
+        specs = held_out_specs(videos, seed, kind)  # type: ignore[arg-type]
+        self.specs: dict[str, Spec] = {f"shape{index:05d}": spec for index, spec in enumerate(specs)}
         self.sentences = [Sentence(video_id, 0, spec.caption) for video_id, spec in self.specs.items()]
         self.fingerprint = digest([sentence.caption for sentence in self.sentences])
 

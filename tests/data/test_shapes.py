@@ -240,3 +240,14 @@ def test_render_is_what_the_readers_show() -> None:
     plain = draw(spec, 0.5, 64, 64)
     assert abs(frames[0].numpy().astype(int) - plain).mean() < 3  # codec and scaling only
     assert render(held_out_images(1)[0], size=64).shape == (1, 64, 64, 3)
+
+
+def test_the_world_of_motion_differs_in_motion_alone() -> None:
+    clips, images = (Settings(media, 64, world="motion") for media in ("video", "image"))  # type: ignore[arg-type]
+    specs = [clips.spec(k) for k in range(64)] + held_out_specs(16, kind="motion")
+    assert {(spec.colour, spec.shape, spec.background) for spec in specs} == {("white", "circle", "black")}
+    assert len({(spec.direction, spec.speed) for spec in specs}) == 8
+    assert all(not images.spec(k).is_video and images.spec(k).colour == "white" for k in range(8))
+    assert clips.folder != Settings("video", 64).folder
+    with pytest.raises(ValueError, match="world is 'flat'"):
+        Settings("video", 64, world="flat")  # type: ignore[arg-type]

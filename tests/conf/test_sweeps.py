@@ -1,0 +1,61 @@
+"""Every shipped sweep: each of its jobs composes, and what is compared is comparable."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
+
+from t2v.configuration import config_dir
+
+EXPERIMENT = {"guidance": "shapes", "seeds": "shapes", "claim1": "shapes_gpu", "images": "shapes_gpu"}  # the others: shapes_motion
+SWEEPS = sorted(path.stem for path in (config_dir() / "sweep").glob("*.yaml"))
+OF_COMPUTE = ("motion", "motion_convolution", "motion_attention", "motion_positions", "motion_frames")
+
+
+def composed(*overrides: str, hydra: bool = False) -> Any:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("train", overrides=[*overrides, "name=test", "run=test"], return_hydra_config=hydra)
+
+
+def jobs(sweep: str) -> Iterator[list[str]]:
+    """The overrides of each job, as Hydra's sweeper makes them."""
+    base = [f"experiment={EXPERIMENT.get(sweep, 'shapes_motion')}", f"sweep={sweep}"]
+    base += ["init.path=start"] if sweep in ("claim1", "claim3") else []
+    params = composed(*base, hydra=True).hydra.sweeper.params
+    for values in itertools.product(*(str(value).split(",") for value in params.values())):
+        yield [*base, *(f"{name}={value.strip()}" for name, value in zip(params, values))]
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_jobs_differ_in_what_is_compared(sweep: str) -> None:
+    resolved = []
+    for overrides in itertools.islice(jobs(sweep), 6):
+        cfg = composed(*overrides)
+        assert cfg.metric.split("/")[0] in cfg.callbacks
+        columns = composed(*overrides, hydra=True).hydra.callbacks.sweep_table.columns
+        assert all(column.split("/")[0] in {*cfg.callbacks, "val"} for column in columns)
+        resolved.append(OmegaConf.to_yaml(cfg))
+    assert len(set(resolved)) == len(resolved) > 1
+
+
+def test_claim_2_compares_equal_compute() -> None:
+    """Float operations of one training clip; the backward pass takes twice the forward's in all of them."""
+    counted = {}
+    for name in OF_COMPUTE:
+        with torch.device("meta"):
+            unet = instantiate(composed("experiment=shapes_motion", f"unet={name}").unet)
+            with FlopCounterMode(display=False) as counter:
+                unet(torch.empty(1, 4, 16, 8, 8), torch.zeros(1, dtype=torch.long), torch.empty(1, 77, 64))
+        counted[name] = counter.get_total_flops()
+        kinds = {part for parameter, _ in unet.named_parameters() for part in parameter.split(".")}
+        assert ("temp_convs" in kinds) == (name in ("motion", "motion_convolution")), name
+        assert ("temp_attentions" in kinds) == (name in ("motion", "motion_attention", "motion_positions")), name
+    assert max(counted.values()) < 1.05 * min(counted.values()), counted
