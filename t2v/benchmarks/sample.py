@@ -26,6 +26,7 @@ from t2v.benchmarks.random_parts import (
     random_unet,
 )
 from t2v.diffusion.sampling import Sampler
+from t2v.models.convolution import channels_last
 from t2v.models.frozen import Frozen
 from t2v.models.text_encoder import TOKENS
 from t2v.pipeline import TextToVideoPipeline, default_dtype
@@ -110,6 +111,7 @@ def our_pipeline(
     dtype = default_dtype(device)
     unet = random_unet(config, device, dtype, attention_backend=backend_for(device, config, attention_backend)).eval()
     unet.requires_grad_(False)
+    channels_last(unet)  # as TextToVideoPipeline.to
     if compile:
         unet.compile(dynamic=False)
     frozen = Frozen(random_autoencoder(None, device, dtype), random_text_encoder(unet.config["cross_attention_dim"], device, dtype))

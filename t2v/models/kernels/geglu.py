@@ -17,7 +17,7 @@ except ImportError:  # CPU builds of torch come without it
     triton = None
     _geglu_forward = _geglu_backward = None
 
-ROWS, BLOCK, CHUNK, WARPS = 16, 128, 128, 4
+ROWS, BLOCK, CHUNK, WARPS = 8, 128, 128, 4
 
 
 def plain_geglu(x: Tensor, bias: Tensor) -> Tensor:
