@@ -74,8 +74,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
 
 def module(cfg: DictConfig) -> LightningModule:
-    """A network that no file fills comes without memory: it gets that from the strategy, on its device, this rank's share of it."""
-    if cfg.get("unet") is None or cfg.init is not None:
+    """The network comes without memory: it gets that from the strategy, on its device, this rank's share of it."""
+    if cfg.get("unet") is None:
         made: LightningModule = instantiate(cfg.module)
         return made
     import torch

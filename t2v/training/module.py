@@ -65,8 +65,10 @@ class TextToVideoModule(LightningModule):
         super().__init__()
         if not 0 <= caption_dropout < 1:
             raise ValueError(f"module.caption_dropout is {caption_dropout}: it is a share of the captions, in [0, 1)")
+        on_meta = next(unet.parameters()).is_meta
         if init is not None:
             init(unet)
+        self.init = init if on_meta else None  # on meta it has only raised what there was to raise; see configure_model
         self.unet = unet
         self.ema_unet = copy.deepcopy(unet).eval().requires_grad_(False)
         self.frozen = Frozen(autoencoder, text_encoder)  # outside the module tree: never trained, wrapped or saved
@@ -96,11 +98,16 @@ class TextToVideoModule(LightningModule):
         like the network."""
         strategy = self.trainer.strategy
         on_meta = next(self.unet.parameters()).is_meta
+        if self.init is not None:  # files hold whole tensors: the network is whole, too, for a moment
+            materialise(self.unet, strategy.root_device, self.seed)
+            torch.manual_seed(self.seed)  # what it draws is the same on every rank
+            self.init(self.unet)
         if isinstance(strategy, FullyShardedStrategy):
             for network in (self.unet, self.ema_unet):
                 strategy.shard(network)
         if on_meta:
-            materialise(self.unet, strategy.root_device, self.seed)
+            if self.init is None:
+                materialise(self.unet, strategy.root_device, self.seed)
             self.ema_unet.to_empty(device=strategy.root_device)
             self.ema.start(self.ema_unet, self.unet)
         if strategy.root_device.type == "cuda" and not isinstance(strategy, FullyShardedStrategy):

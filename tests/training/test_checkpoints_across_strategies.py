@@ -171,12 +171,28 @@ def test_any_number_of_ranks_starts_from_the_weights_of_the_seed(
         assert (averages_equal, sharded) == (True, strategy == "fsdp")
 
 
-def built_on_meta(folder: Path, strategy: str, world: int, network: Any) -> tuple[dict[str, Tensor], bool, bool]:
+@pytest.mark.parametrize(("strategy", "world"), [("single", 1), pytest.param("fsdp", 2, marks=pytest.mark.slow)])
+def test_a_file_fills_a_network_without_memory(strategy: str, world: int, tmp_path: Path) -> None:
+    arguments = tmp_path, strategy, world, one_level, sevens
+    ranks = on_ranks(built_on_meta, world, tmp_path, *arguments) if world > 1 else [built_on_meta(*arguments)]
+    for weights, averages_equal, sharded in ranks:
+        assert (weights["conv_in.weight"] == 7).all()
+        assert weights["conv_out.weight"].std() > 0  # of the seed
+        assert (averages_equal, sharded) == (True, strategy == "fsdp")
+
+
+def sevens(network: Any) -> None:
+    """As t2v.models.inflation fills a network."""
+    with torch.no_grad():
+        network.state_dict()["conv_in.weight"].copy_(torch.full_like(network.conv_in.weight, 7.0, device="cpu"))
+
+
+def built_on_meta(folder: Path, strategy: str, world: int, network: Any, init: Any = None) -> tuple[dict[str, Tensor], bool, bool]:
     with torch.device("meta"):
         unet = network().double()
     look = Look()
     data = MadeUpData(BATCH, {"image": 2, "video": 2}, JointMixture())
-    fit(small_module(unet=unet, seed=5), data, folder, strategy=STRATEGIES[strategy](), world=world, steps=1, callbacks=[look])
+    fit(small_module(unet=unet, seed=5, init=init), data, folder, strategy=STRATEGIES[strategy](), world=world, steps=1, callbacks=[look])
     return look.weights, look.averages_equal, look.sharded
 
 
