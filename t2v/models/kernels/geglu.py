@@ -78,7 +78,7 @@ if triton is not None:
         X = tl.load(x + r.to(tl.int64)[:, None] * (2 * D) + (side * D + c)[None, :], exists, 0.0).to(tl.float32)
         return X + tl.load(bias + side * D + c, c < D, 0.0).to(tl.float32)[None, :]
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows", "blocks"])
     def _geglu_forward(x, bias, y, rows, D, blocks, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
         k, c, in_c = _place(blocks, D, BLOCK)
         for first in range(0, CHUNK, ROWS):
@@ -88,7 +88,7 @@ if triton is not None:
             Y = value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
             tl.store(y + r.to(tl.int64)[:, None] * D + c[None, :], Y.to(y.dtype.element_ty), exists)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows", "blocks"])
     def _geglu_backward(x, bias, grad, dx, sums, rows, D, blocks, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
         k, c, in_c = _place(blocks, D, BLOCK)
         sum_value = tl.zeros((ROWS, BLOCK), tl.float32)

@@ -22,8 +22,8 @@ except ImportError:  # CPU builds of torch come without it
     _moments = _statistics = _result = _sums = _along = _gradient = None
 
 
-ROWS, BLOCK, WARPS = 32, 64, 4  # a tile: positions, channels; and who works on it
-CHUNK, MAX_CHUNKS, PROGRAMS = 256, 256, 1024  # positions of a program; chunks of a sample; programs that keep a GPU busy
+ROWS, BLOCK, WARPS = 16, 64, 4  # a tile: positions, channels; and who works on it
+CHUNKS, MAX_CHUNKS, PROGRAMS = (256, 64), 256, 1024  # positions of a program; chunks of a sample; programs that keep a GPU busy
 
 
 def plain_group_norm(
@@ -56,7 +56,7 @@ def keep_mask(size: int, dropout: float, seed: Tensor) -> Tensor:
     """(size,) bool: which places survive. A counter-based hash of (place, seed), as in the kernel; 32-bit arithmetic in int64."""
     place = torch.arange(size, dtype=torch.int64, device=seed.device)
     first, second = (int(number) & 0xFFFFFFFF for number in seed.tolist())
-    return _mixed((_mixed(place ^ first) + second) & 0xFFFFFFFF) >= threshold(dropout)
+    return ((_mixed(place ^ first) + second) & 0xFFFFFFFF) >= threshold(dropout)
 
 
 def _mixed(x: Tensor) -> Tensor:
@@ -157,9 +157,7 @@ class _Sizes:
         n, s, c = x.shape
         block = next((b for b in (BLOCK, 32, 16) if c % b == 0), BLOCK)
         blocks = -(-c // block)
-        chunk = CHUNK
-        while chunk > ROWS and n * blocks * -(-s // chunk) < PROGRAMS:  # small tensors: shorter programs rather than few
-            chunk //= 2
+        chunk = next((k for k in CHUNKS if n * blocks * -(-s // k) >= PROGRAMS), CHUNKS[-1])  # shorter programs rather than few
         while -(-s // chunk) > MAX_CHUNKS:
             chunk *= 2
         self.groups = groups
@@ -167,7 +165,8 @@ class _Sizes:
         self.programs = n * self.chunks * blocks
         self.samples = n
         sizes = {"S": s, "C": c, "GROUPS": groups, "CHUNK": chunk, "chunks": self.chunks}
-        self.common = {**sizes, "blocks": blocks, "ROWS": ROWS, "BLOCK": block, "num_warps": WARPS}
+        whole = s % chunk == 0 and c % block == 0
+        self.common = {**sizes, "blocks": blocks, "ROWS": ROWS, "BLOCK": block, "WHOLE": whole, "num_warps": WARPS}
         self.grouped = {**sizes, "CHUNKS": _power(self.chunks), "WIDTH": _power(c // groups)}
 
     def shifted(self, shift: Tensor | None) -> dict[str, Any]:
@@ -192,18 +191,20 @@ if triton is not None:
         return i // (blocks * chunks), (i // blocks) % chunks, c, c < C
 
     @triton.jit
-    def _rows(n, k, r, c, in_c, S, C, CHUNK: tl.constexpr, ROWS: tl.constexpr):
+    def _rows(n, k, r, c, S, C, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+        """A tile's positions, whether its numbers exist (all of them where WHOLE: nothing is asked then), and where they lie."""
         s = k * CHUNK + r + tl.arange(0, ROWS)
-        return s, (s < S)[:, None] & in_c[None, :], (n.to(tl.int64) * S + s[:, None]) * C + c[None, :]
+        exists = tl.full((ROWS, BLOCK), True, tl.int1) if WHOLE else (s < S)[:, None] & (c < C)[None, :]
+        return s, exists, (n.to(tl.int64) * S + s[:, None]) * C + c[None, :]
 
     @triton.jit
     def _shift(shift, n, c, in_c, C, per_shift, SHIFT: tl.constexpr):
         return tl.load(shift + (n // per_shift) * C + c, in_c, 0.0).to(tl.float32) if SHIFT else 0.0 * c
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["chunks", "blocks", "per_shift"])
     def _moments(
         x, shift, means, squares, S, C, GROUPS, chunks, blocks, per_shift,
-        CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr,
+        CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SHIFT: tl.constexpr,
     ):  # fmt: skip
         n, k, c, in_c = _place(C, chunks, blocks, BLOCK)
         add = _shift(shift, n, c, in_c, C, per_shift, SHIFT)
@@ -211,9 +212,9 @@ if triton is not None:
         square = tl.zeros((ROWS, BLOCK), tl.float32)  # sum of squared distances from the mean (Welford)
         count = tl.zeros((ROWS,), tl.float32)
         for r in range(0, CHUNK, ROWS):
-            s, exists, at = _rows(n, k, r, c, in_c, S, C, CHUNK, ROWS)
+            s, exists, at = _rows(n, k, r, c, S, C, CHUNK, ROWS, BLOCK, WHOLE)
             X = tl.load(x + at, exists, 0.0).to(tl.float32) + add[None, :]
-            count += (s < S).to(tl.float32)
+            count += tl.where(s < S, 1.0, 0.0)
             away = tl.where(exists, X - mean, 0.0)
             mean += away * (1.0 / tl.maximum(count, 1.0))[:, None]
             square += away * tl.where(exists, X - mean, 0.0)
@@ -233,7 +234,7 @@ if triton is not None:
         exists = (k < chunks)[:, None] & (c < width)[None, :]
         return i, (n * chunks + k)[:, None] * C + (g * width + c)[None, :], exists, g * width + c, c < width, k, width
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["chunks"])
     def _statistics(
         means, squares, mean, inverse, eps, S, C, GROUPS, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr
     ):  # fmt: skip
@@ -256,7 +257,7 @@ if triton is not None:
     def _survive(Y, seed, at, limit, survivors):
         """Dropout: the value where the hash of (place, seed) is high enough."""
         first, second = tl.load(seed).to(tl.uint32, bitcast=True), tl.load(seed + 1).to(tl.uint32, bitcast=True)
-        hashed = _mix(_mix(at.to(tl.uint32) ^ first) + second)
+        hashed = _mix(at.to(tl.uint32) ^ first) + second
         return tl.where((hashed ^ 0x80000000).to(tl.int32, bitcast=True) >= limit, Y * survivors, 0.0)
 
     @triton.jit
@@ -266,16 +267,17 @@ if triton is not None:
         m, i = tl.load(mean + g, in_c, 0.0), tl.load(inverse + g, in_c, 0.0)
         return m, i, tl.load(weight + c, in_c, 0.0).to(tl.float32), tl.load(bias + c, in_c, 0.0).to(tl.float32)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["chunks", "blocks", "per_shift", "limit"])
     def _result(
         x, shift, weight, bias, mean, inverse, seed, y, S, C, GROUPS, chunks, blocks, per_shift, limit, survivors,
-        CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
+        CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+        SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
         n, k, c, in_c = _place(C, chunks, blocks, BLOCK)
         m, i, w, b = _channels(weight, bias, mean, inverse, n, c, in_c, C, GROUPS)
         m -= _shift(shift, n, c, in_c, C, per_shift, SHIFT)
         for r in range(0, CHUNK, ROWS):
-            s, exists, at = _rows(n, k, r, c, in_c, S, C, CHUNK, ROWS)
+            s, exists, at = _rows(n, k, r, c, S, C, CHUNK, ROWS, BLOCK, WHOLE)
             Y = (tl.load(x + at, exists, 0.0).to(tl.float32) - m[None, :]) * (i * w)[None, :] + b[None, :]
             if SILU:
                 Y = Y * tl.sigmoid(Y)
@@ -298,10 +300,11 @@ if triton is not None:
             G = G * sigmoid * (1.0 + z * (1.0 - sigmoid))
         return hat, G
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["chunks", "blocks", "per_shift", "limit"])
     def _sums(
         x, shift, weight, bias, mean, inverse, seed, grad, sums, sums_hat, S, C, GROUPS, chunks, blocks, per_shift, limit, survivors,
-        CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
+        CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+        SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
         n, k, c, in_c = _place(C, chunks, blocks, BLOCK)
         m, i, w, b = _channels(weight, bias, mean, inverse, n, c, in_c, C, GROUPS)
@@ -309,7 +312,7 @@ if triton is not None:
         total = tl.zeros((ROWS, BLOCK), tl.float32)
         total_hat = tl.zeros((ROWS, BLOCK), tl.float32)
         for r in range(0, CHUNK, ROWS):
-            s, exists, at = _rows(n, k, r, c, in_c, S, C, CHUNK, ROWS)
+            s, exists, at = _rows(n, k, r, c, S, C, CHUNK, ROWS, BLOCK, WHOLE)
             hat, G = _before(x, seed, grad, at, exists, m, i, w, b, limit, survivors, SILU, DROPOUT)
             total += G
             total_hat += G * hat
@@ -317,7 +320,7 @@ if triton is not None:
         tl.store(sums + at, tl.sum(total, 0), in_c)
         tl.store(sums_hat + at, tl.sum(total_hat, 0), in_c)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["chunks"])
     def _along(sums, sums_hat, weight, ones, hats, S, C, GROUPS, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
         """The gradient's part along the constant and along x^, which normalisation removes."""
         i, at, exists, c, in_c, k, width = _group(C, GROUPS, chunks, CHUNKS, WIDTH)
@@ -326,11 +329,12 @@ if triton is not None:
         tl.store(ones + i, tl.sum(tl.sum(tl.load(sums + at, exists, 0.0), 0) * w, 0) / total)
         tl.store(hats + i, tl.sum(tl.sum(tl.load(sums_hat + at, exists, 0.0), 0) * w, 0) / total)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["chunks", "blocks", "per_shift", "limit"])
     def _gradient(
         x, shift, weight, bias, mean, inverse, seed, grad, ones, hats, residual, dx, of_shift,
         S, C, GROUPS, chunks, blocks, per_shift, limit, survivors,
-        CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
+        CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+        SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
         RESIDUAL: tl.constexpr,
     ):  # fmt: skip
         n, k, c, in_c = _place(C, chunks, blocks, BLOCK)
@@ -340,7 +344,7 @@ if triton is not None:
         one, along_hat = tl.load(ones + g, in_c, 0.0), tl.load(hats + g, in_c, 0.0)
         total = tl.zeros((ROWS, BLOCK), tl.float32)
         for r in range(0, CHUNK, ROWS):
-            s, exists, at = _rows(n, k, r, c, in_c, S, C, CHUNK, ROWS)
+            s, exists, at = _rows(n, k, r, c, S, C, CHUNK, ROWS, BLOCK, WHOLE)
             hat, G = _before(x, seed, grad, at, exists, m, i, w, b, limit, survivors, SILU, DROPOUT)
             D = i[None, :] * (G * w[None, :] - one[None, :] - hat * along_hat[None, :])
             if SHIFT:

@@ -18,7 +18,7 @@ except ImportError:  # CPU builds of torch come without it
     _norm_forward = _norm_backward = None
 
 
-TILE, WARPS = 4096, 4  # numbers of a tile of whole rows, and who works on them
+TILE, WARPS = 2048, 2  # numbers of a tile of whole rows, and who works on them
 PROGRAMS = 16  # of each multiprocessor, that sum the weights' gradients
 
 

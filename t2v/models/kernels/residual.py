@@ -63,7 +63,7 @@ if triton is not None:
         r = k * CHUNK + first + tl.arange(0, ROWS)
         return (r < rows)[:, None] & (c < D)[None, :], r.to(tl.int64)[:, None] * D + c[None, :]
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows", "blocks"])
     def _sum_forward(x, branch, offset, y, rows, D, blocks, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         i = tl.program_id(0)
         c = (i % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -73,7 +73,7 @@ if triton is not None:
             Y = tl.load(x + at, exists, 0.0).to(tl.float32) + tl.load(branch + at, exists, 0.0).to(tl.float32) + add[None, :]
             tl.store(y + at, Y.to(y.dtype.element_ty), exists)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows", "blocks"])
     def _column_sums(grad, sums, rows, D, blocks, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         i = tl.program_id(0)
         c = (i % blocks) * BLOCK + tl.arange(0, BLOCK)
