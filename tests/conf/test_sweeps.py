@@ -46,6 +46,12 @@ def test_jobs_differ_in_what_is_compared(sweep: str) -> None:
     assert len(set(resolved)) == len(resolved) > 1
 
 
+def test_a_sweep_s_settings_win_over_its_experiment_s() -> None:
+    cfg = composed(*next(jobs("claim3")))
+    assert (cfg.trainer.max_steps, cfg.callbacks.score.every_n_steps) == (400, 50)
+    assert composed(*next(jobs("claim1"))).callbacks.samples is None
+
+
 def test_claim_2_compares_equal_compute() -> None:
     """Float operations of one training clip; the backward pass takes twice the forward's in all of them."""
     counted = {}

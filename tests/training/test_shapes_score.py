@@ -59,3 +59,13 @@ def test_another_guidance_and_the_trained_weights(tmp_path: Path, module: Any) -
     assert module.made.asked.unet is module.unet
     assert not module.made.asked.training  # dropout is off while it samples ...
     assert module.unet.training  # ... and on again afterwards
+
+
+def test_the_start_is_scored_where_asked_and_only_there(tmp_path: Path, module: Any) -> None:
+    score = ShapesScore(6, kind="unseen", at_start=True)
+    resumed, fresh = trainer(tmp_path), trainer(tmp_path)
+    fresh.global_step = 0
+    score.on_train_start(resumed, module)
+    assert not (tmp_path / "scores.jsonl").exists()
+    score.on_train_start(fresh, module)
+    assert json.loads((tmp_path / "scores.jsonl").read_text())["step"] == 0

@@ -40,7 +40,8 @@ class ShapesScore(Callback):
 
     `kind` is the deck of `held_out_specs`: "mixed" holds unseen colour-shape pairs among the seen ones. Ranks generate a part each.
     `name` stands before each metric, as in score/all; several scores beside each other need names of their own. `guidance` is another scale
-    than the sampler's, `ema=False` scores the weights that are trained instead of their average. `processes` check videos at the same time.
+    than the sampler's, `ema=False` scores the weights that are trained instead of their average; `at_start` also scores before the first
+    step. `processes` check videos at the same time.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class ShapesScore(Callback):
         processes: int = 1,
         guidance: float | None = None,
         ema: bool = True,
+        at_start: bool = False,
     ) -> None:
         self.specs = held_out_specs(num_prompts, seed, kind)  # type: ignore[arg-type]
         self.every_n_steps = every_n_steps
         self.sampler = sampler
         self.guidance = None if guidance is None else ClassifierFreeGuidance(guidance)
         self.ema = ema
+        self.at_start = at_start
         self.num_frames = num_frames
         self.batch_size = batch_size
         self.kind = kind
@@ -73,6 +76,8 @@ class ShapesScore(Callback):
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         self.scored_step = trainer.global_step
+        if self.at_start and trainer.global_step == 0:
+            self.evaluate(trainer, module)
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
