@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from t2v.video import BadSample, contact_sheet, decode_clip, gif_bytes, probe, write_animation, write_mp4
+from t2v.video import BadSample, contact_sheet, decode_clip, film_strips, gif_bytes, probe, write_animation, write_mp4
 
 HEIGHT, WIDTH = 64, 112  # the middle square is 64 x 64: 4 x 4 blocks of 16
 
@@ -278,3 +278,12 @@ def test_torchcodec_gives_the_same_frames_or_says_what_is_missing(long_video: by
     assert numbers(clips[0]) == numbers(clips[1])
     with pytest.raises(BadSample, match="video_open"):
         decode_clip(b"<html>" * 99, backend="torchcodec")
+
+
+def test_film_strips_show_first_to_last_frame_in_a_row() -> None:
+    videos = [torch.arange(16, dtype=torch.uint8).mul(value)[:, None, None, None].expand(16, 32, 32, 3) for value in (5, 10)]
+    sheet = film_strips(videos, ["one", "two"])
+    assert sheet.dtype == torch.uint8
+    assert sheet.shape[1] == 8 * 32 + 2 * 4  # margins
+    row = sheet[4 + 16, 4 + 16 : 4 + 256 : 32, 0]
+    assert row.tolist() == [5 * k for k in (0, 2, 4, 6, 9, 11, 13, 15)]

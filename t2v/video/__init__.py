@@ -10,6 +10,7 @@ from t2v.video.animation import webp_bytes as webp_bytes
 from t2v.video.animation import write_animation as write_animation
 from t2v.video.bad_sample import BadSample as BadSample
 from t2v.video.contact_sheet import contact_sheet as contact_sheet
+from t2v.video.contact_sheet import film_strips as film_strips
 from t2v.video.reading import VideoInfo as VideoInfo
 from t2v.video.reading import decode_clip as decode_clip
 from t2v.video.reading import probe as probe

@@ -1,4 +1,4 @@
-"""Videos side by side, each over its caption."""
+"""Videos side by side, each over its caption; moving, or as strips of film."""
 
 from __future__ import annotations
 
@@ -54,3 +54,12 @@ def contact_sheet(
         held = clip[np.minimum(np.arange(len(sheet)), len(clip) - 1)]
         sheet[:, top : top + clip.shape[1], left : left + clip.shape[2]] = held
     return torch.from_numpy(sheet)
+
+
+def film_strips(videos: Sequence[Tensor | Pixels], captions: Sequence[str], frames: int = 8) -> Tensor:
+    """A still picture, uint8 (H W c): for each video a row of that many frames from its first to its last, over its caption."""
+    strips = []
+    for clip in map(as_pixels, videos):
+        chosen = np.linspace(0, len(clip) - 1, frames).round().astype(int)
+        strips.append(np.concatenate(list(clip[chosen]), axis=1)[None])  # (1 h frames*w c)
+    return contact_sheet(strips, captions, columns=1, lines=1)[0]

@@ -1,4 +1,4 @@
-"""Sample videos for fixed prompts during training: mp4 files, an animated contact sheet, and moving pictures in TensorBoard."""
+"""Sample videos for fixed prompts during training: mp4, an animated contact sheet, strips of film, moving pictures in TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from pytorch_lightning import Callback, Trainer
 from torch import Tensor
 
 from t2v.diffusion.sampling import Sampler
 from t2v.training.sharding import is_sharded
 from t2v.training.tensorboard import add_video
-from t2v.video import contact_sheet, write_animation, write_mp4
+from t2v.video import contact_sheet, film_strips, write_animation, write_mp4
 
 
 class SampleVideos(Callback):
@@ -59,5 +60,6 @@ class SampleVideos(Callback):
             write_mp4(folder / f"{number:02}.mp4", video, fps)
         sheet = contact_sheet(list(videos), self.prompts)
         write_animation(folder / "contact_sheet.gif", sheet, fps)
+        Image.fromarray(film_strips(list(videos), self.prompts).numpy()).save(folder / "film_strips.png")
         (folder / "prompts.txt").write_text("\n".join(self.prompts) + "\n", encoding="utf-8")
         add_video(trainer, "samples", sheet, fps)
