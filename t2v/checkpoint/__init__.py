@@ -27,7 +27,6 @@ from t2v.checkpoint.folder import (
 from t2v.checkpoint.foreign import ForeignModel, read_foreign, read_unet, split_place
 from t2v.checkpoint.model import build_unet, compare, describe, load_weights, read_card, read_model, save_weights
 from t2v.checkpoint.pieces import Piece, reserve, write_pieces
-from t2v.checkpoint.start import SpatialWeights
 
 __all__ = [
     "CARD",
@@ -44,7 +43,6 @@ __all__ = [
     "ModelCard",
     "Part",
     "Piece",
-    "SpatialWeights",
     "begin",
     "build_unet",
     "check",

@@ -30,7 +30,7 @@ from t2v.training.ema import EMA
 from t2v.training.graphs import RecordedNetwork, own_gradients
 from t2v.training.mixture import StepPlan
 from t2v.training.nan_watch import MicroBatch, NonFiniteError, explain, gradient_norm
-from t2v.training.sharding import materialise
+from t2v.training.sharding import local, materialise
 from t2v.training.strategies import FullyShardedStrategy
 
 TEMPORAL_MODULES = ("temp_convs", "temp_attentions", "transformer_in")
@@ -184,6 +184,19 @@ class TextToVideoModule(LightningModule):
         self.gradient_norm = gradient_norm(self.unet)  # of all ranks, so that all of them stop together
         if not torch.isfinite(self.gradient_norm):
             raise NonFiniteError(f"step {self.global_step}: {explain(self.unet, self.objective, self.micro_batches)}")
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """By the norm that was just taken over all ranks. Lightning's own would refuse a fused optimizer in mixed precision, and sharded
+        networks."""
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            raise ValueError("trainer.gradient_clip_algorithm=value is not supported here: leave it out, or use norm")
+        assert self.gradient_norm is not None
+        factor = (gradient_clip_val / self.gradient_norm.clamp(min=1e-12)).clamp(max=1)
+        torch._foreach_mul_(local([p.grad for p in self.unet.parameters() if p.grad is not None]), factor)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The average follows at once, before any callback can save or sample it."""

@@ -9,7 +9,8 @@ import torch
 from tiny_model import tiny_card, tiny_unet
 
 from t2v import checkpoint
-from t2v.checkpoint import CheckpointError, SpatialWeights
+from t2v.checkpoint import CheckpointError
+from t2v.checkpoint.start import SpatialWeights
 from t2v.models.names import is_temporal
 from t2v.models.unet import VideoUNet
 

@@ -1,10 +1,15 @@
-"""EMA, learning-rate factors, the NaN watch and the update-to-weight ratio."""
+"""EMA, learning-rate factors, the NaN watch, clipping and the update-to-weight ratio."""
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from small_training import MadeUpData, small_module
+from pytorch_lightning.plugins.precision import MixedPrecision
+from small_training import MadeUpData, fit, small_module, small_unet
 from torch import nn
 
 from t2v.training.callbacks.training_log import update_to_weight
@@ -12,6 +17,7 @@ from t2v.training.datamodules import FirstStep
 from t2v.training.ema import EMA
 from t2v.training.learning_rate import constant, cosine
 from t2v.training.mixture import JointMixture
+from t2v.training.module import TextToVideoModule
 from t2v.training.nan_watch import first_bad_gradient, first_bad_layer, gradient_norm
 
 
@@ -101,3 +107,19 @@ def test_the_first_step_again_and_again() -> None:
     steps = FirstStep(iter(range(100)), accumulate=3)  # type: ignore[arg-type]
     taken = iter(steps)
     assert [next(taken) for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_gradients_are_clipped_also_for_a_fused_optimizer_in_mixed_precision(tmp_path: Path) -> None:
+    def change(module: TextToVideoModule, **options: Any) -> float:
+        before = [p.detach().clone() for p in module.unet.parameters()]
+        fit(module, MadeUpData({"image": 2, "video": 2}, {"image": 2, "video": 2}, JointMixture()), tmp_path, steps=1, **options)
+        return sum(float((p.detach() - q).square().sum()) for p, q in zip(module.unet.parameters(), before, strict=True)) ** 0.5
+
+    descent = partial(torch.optim.SGD, lr=1.0)
+    free = change(small_module(optimizer=descent))
+    assert change(small_module(optimizer=descent), gradient_clip_val=free / 8) == pytest.approx(free / 8)
+    assert change(small_module(optimizer=descent), gradient_clip_val=free * 8) == pytest.approx(free)
+    mixed = small_module(unet=small_unet().float(), optimizer=partial(torch.optim.AdamW, lr=1e-3, fused=True))
+    assert change(mixed, gradient_clip_val=0.1, precision=MixedPrecision("bf16-mixed", "cpu")) > 0
+    with pytest.raises(ValueError, match="gradient_clip_algorithm=value"):
+        change(small_module(), gradient_clip_val=0.1, gradient_clip_algorithm="value")
