@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401 (an import inside of a function would keep its locals: the networks)
 import torch
 from torch import Tensor
 

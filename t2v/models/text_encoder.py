@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class TextEncoder:
             raise ValueError(f"prompts must be a list of texts, not one text: use [{prompts!r}]")
         if not prompts:
             return torch.zeros(0, TOKENS, dtype=torch.long)
-        return tokenizer()(list(prompts), context_length=TOKENS)
+        return torch.stack([tokens_of(prompt) for prompt in prompts])
 
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Token ids (b 77) -> (b 77 d)."""
@@ -139,6 +140,12 @@ def empty_tower(width: int, layers: int, heads: int, vocabulary: int = VOCABULAR
     tower.to_empty(device="cpu")
     tower.attn_mask = torch.full((TOKENS, TOKENS), float("-inf")).triu(1)  # a buffer that no state dict holds
     return tower
+
+
+@lru_cache(maxsize=16_384)
+def tokens_of(prompt: str) -> Tensor:
+    """(77,) token ids. Remembered, because few captions are many steps' captions, as the empty one is of all."""
+    return tokenizer()([prompt], context_length=TOKENS)[0]
 
 
 def tokenizer() -> Any:

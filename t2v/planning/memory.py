@@ -24,6 +24,7 @@ class Layout:
     moments: int
     accumulate: int
     precision: str
+    kernels: bool = False  # those of a GPU
 
     @property
     def keeps_gradients(self) -> bool:
@@ -81,7 +82,7 @@ def by_recomputation(parts: Parts, clips: Mapping[str, tuple[int, int, int, int]
     before, found = network.gradient_checkpointing, {}
     for which in CHECKPOINTING:
         network.gradient_checkpointing = which
-        counted = step(parts, clips, precision=layout.precision, keeps_gradients=layout.keeps_gradients)
+        counted = step(parts, clips, precision=layout.precision, keeps_gradients=layout.keeps_gradients, kernels=layout.kernels)
         found[which] = Mode(per_gpu(parts, counted, layout), counted.operations)
     network.gradient_checkpointing = before
     return found

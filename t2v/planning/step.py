@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from t2v.diffusion.objective import DenoisingLoss
 from t2v.models.autoencoder import Autoencoder
+from t2v.models.kernels import PlannedGPU, planned_gpu
 from t2v.models.text_encoder import TOKENS, TextEncoder
 from t2v.planning.autocast import GPUFunctions
 from t2v.planning.live_bytes import LiveBytes
@@ -48,10 +50,13 @@ def activations_of(stream: str) -> str:
     return f"activations of {stream}s"
 
 
-def step(parts: Parts, clips: Mapping[str, tuple[int, int, int, int]], *, precision: str, keeps_gradients: bool) -> Step:
+def step(
+    parts: Parts, clips: Mapping[str, tuple[int, int, int, int]], *, precision: str, keeps_gradients: bool, kernels: bool = False
+) -> Step:
     """`clips`: stream -> (b f h w) in pixels of one micro-batch; all of them share one backward pass, as in `training_step`.
 
-    `keeps_gradients`: they are there all the time (accumulation, DDP's buckets), not only until the next backward pass begins.
+    `keeps_gradients`: they are there all the time (accumulation, DDP's buckets), not only from the backward pass to the optimizer's step.
+    `kernels`: the network takes the way that it takes on a GPU.
     Raises ValueError for a precision that is not counted.
     """
     if precision not in PRECISIONS:
@@ -61,11 +66,12 @@ def step(parts: Parts, clips: Mapping[str, tuple[int, int, int, int]], *, precis
     functions = GPUFunctions(PRECISIONS[precision], lambda copy: live.rename(copy, COPIES))
     parameters = [parameter for parameter in parts.unet.parameters() if parameter.requires_grad]
     meta = torch.device("meta")
-    with live, live.kind(ENCODING):
+    with live, live.kind(ENCODING), on_gpu(PlannedGPU(PRECISIONS[precision]) if kernels else None):
         hooks = [p.register_post_accumulate_grad_hook(lambda p: live.rename(p.grad, GRADIENTS)) for p in parameters]  # type: ignore[arg-type]
-        with live.kind(GRADIENTS):  # of the step before
-            for parameter in parameters:
-                parameter.grad = torch.empty_like(parameter)
+        if keeps_gradients:
+            with live.kind(GRADIENTS):  # of the micro-batch before
+                for parameter in parameters:
+                    parameter.grad = torch.empty_like(parameter)
         once: Counter[str] = Counter()
         forward: Counter[str] = Counter()
         with functions:
@@ -85,9 +91,6 @@ def step(parts: Parts, clips: Mapping[str, tuple[int, int, int, int]], *, precis
                 forward[stream] = live.operations - done
                 del frames, moments, latents, text, noise, timestep
             functions.forget()
-            if not keeps_gradients:
-                for parameter in parameters:
-                    parameter.grad = None
             done = live.operations
             with live.kind(BACKWARD):
                 backward_pass(loss)
@@ -97,6 +100,15 @@ def step(parts: Parts, clips: Mapping[str, tuple[int, int, int, int]], *, precis
             hook.remove()
     operations = {stream: once[stream] + forward[stream] + backward * forward[stream] // forward.total() for stream in clips}
     return Step({kind: size for kind, size in live.at_peak.items() if size}, operations)
+
+
+@contextmanager
+def on_gpu(planned: PlannedGPU | None) -> Iterator[None]:
+    token = planned_gpu.set(planned)
+    try:
+        yield
+    finally:
+        planned_gpu.reset(token)
 
 
 def backward_pass(loss: Tensor) -> None:

@@ -55,6 +55,9 @@ def record(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
 
 
 def own_gradients(network: nn.Module) -> None:
+    """Every parameter's gradient becomes zero, in memory of its own."""
     for parameter in network.parameters():
-        if parameter.requires_grad and parameter.grad is None:
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+        elif parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)

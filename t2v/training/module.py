@@ -84,13 +84,16 @@ class TextToVideoModule(LightningModule):
         self.seed = seed
         self.cuda_graphs = cuda_graphs
         self.recorded: RecordedNetwork | None = None
+        self.frozen_in_bfloat16 = False  # weights and all, as t2v.generate runs them, instead of autocast's float32 norms
         self.micro_batches: list[MicroBatch] = []  # of the optimizer step under way, or just done
         self.gradient_norm: Tensor | None = None  # of the last optimizer step, before clipping
 
     # -- set-up ---------------------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        self.frozen.to(self.trainer.strategy.root_device)  # the module itself is moved later
+        device = self.trainer.strategy.root_device  # the module itself is moved later
+        self.frozen_in_bfloat16 = device.type == "cuda" and self.trainer.precision_plugin.precision == "bf16-mixed"
+        self.frozen.to(device, torch.bfloat16 if self.frozen_in_bfloat16 else None)
         self.trainer.datamodule.check(self.frozen)  # type: ignore[attr-defined]
 
     def configure_model(self) -> None:
@@ -174,7 +177,9 @@ class TextToVideoModule(LightningModule):
 
     def predict(self, stream: str, clips: ClipBatch) -> MicroBatch:
         """Eq. 5 for each of b clips."""
-        encoded = self.encode(stream, clips)
+        kind = self.device.type
+        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not self.frozen_in_bfloat16):
+            encoded = self.encode(stream, clips)
         timestep = self.timesteps(self._keys("timestep", stream, clips), self.objective.schedule.num_timesteps).to(self.device)
         noise = normal(self._keys("noise", stream, clips), encoded.latents.shape[1:]).to(self.device)
         losses = self.objective(self.recorded or self.unet, encoded.latents, encoded.text, timestep, noise)  # (b,)
@@ -199,15 +204,20 @@ class TextToVideoModule(LightningModule):
         torch._foreach_mul_(local([p.grad for p in self.unet.parameters() if p.grad is not None]), factor)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The average follows at once, before any callback can save or sample it."""
+        """The average follows at once, before any callback can save or sample it. Gradients go at once, too: Lightning would keep them
+        through the next forward pass, where memory is shortest."""
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self.ema_unet, self.unet, self.global_step + 1)
+        self.forget_gradients()
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        own = self.recorded is not None and self.plan.accumulate > 1
-        if own:
+        """Nothing: they are gone."""
+
+    def forget_gradients(self) -> None:
+        if self.recorded is None or self.plan.accumulate == 1:
+            self.unet.zero_grad()
+        else:  # recorded passes of several micro-batches must not write into each other's
             own_gradients(self.unet)
-        optimizer.zero_grad(set_to_none=not own)
 
     def _keys(self, purpose: str, stream: str, clips: ClipBatch) -> list[tuple[Any, ...]]:
         return [(self.seed, purpose, self.global_step, stream, index) for index in clips.indices]
@@ -226,6 +236,7 @@ class TextToVideoModule(LightningModule):
     def on_train_start(self) -> None:
         if self.cuda_graphs and self.device.type == "cuda" and self.trainer.world_size == 1:
             self.record_network()
+            self.forget_gradients()
         lay_out_like_parameters(self.trainer.optimizers[0])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
