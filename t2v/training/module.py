@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pytorch_lightning import LightningModule
@@ -116,6 +116,11 @@ class TextToVideoModule(LightningModule):
         if strategy.root_device.type == "cuda" and not isinstance(strategy, FullyShardedStrategy):
             for network in (self.unet, self.ema_unet):
                 channels_last(network)
+
+    def cpu(self) -> Self:
+        """Lightning calls it at the end, also of a training that failed before its networks had memory: an error of its own would hide
+        the first one."""
+        return self if next(self.unet.parameters()).is_meta else super().cpu()
 
     def record_network(self) -> None:
         """cuda_graphs: from now on, the network runs as CUDA graphs. On one GPU, because with more the exchange of gradients would have to
