@@ -205,7 +205,7 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
         for which, mode in modes.items():
             most = {stream: micro_batch_that_fits(mode.memory, stream, count, limit) for stream, count in samples.items()}
             room = ", ".join(f"micro_batch.{stream}={size}" for stream, size in most.items())
-            print(f"  gradient_checkpointing={which:<10}{sum(mode.memory.values()) / GIB:8.1f} GiB; each alone up to {room}")
+            print(f"  gradient_checkpointing={which:<12}{sum(mode.memory.values()) / GIB:8.1f} GiB; each alone up to {room}")
             if which == chosen:
                 mends += [f"micro_batch.{stream}={size}" for stream, size in most.items() if size > 0]
             elif sum(mode.memory.values()) <= limit:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2v.diffusion.recording import uncached_autocast
+
 MOST = 4  # shapes; each keeps its own activations
 
 
@@ -46,11 +48,7 @@ class _Call(nn.Module):
 
 def record(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     examples = tuple(x.detach().clone() for x in inputs)
-    device = inputs[0].device
-    autocast = torch.autocast(
-        device.type, torch.get_autocast_dtype(device.type), enabled=torch.is_autocast_enabled(device.type), cache_enabled=False
-    )  # a cache would hand a recording the casts of another
-    with autocast, torch.random.fork_rng([device], device_type=device.type):
+    with uncached_autocast(), torch.random.fork_rng([inputs[0].device], device_type="cuda"):
         return torch.cuda.make_graphed_callables(_Call(network), examples)
 
 

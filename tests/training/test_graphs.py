@@ -1,0 +1,76 @@
+"""CUDA graphs of the training step: what is recorded when, anywhere; that a replay is the network itself, on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_training import small_module, small_unet
+from torch import Tensor
+
+from t2v.training import graphs
+from t2v.training.graphs import MOST, RecordedNetwork, own_gradients
+
+
+def inputs(b: int, device: str = "cpu", dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(b)
+    sample, text = torch.randn(b, 4, 2, 4, 4, generator=generator), torch.randn(b, 5, 24, generator=generator)
+    return sample.to(device, dtype), torch.arange(b, device=device), text.to(device, dtype)
+
+
+def test_each_shape_is_recorded_once_and_the_fifth_runs_unrecorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = small_unet()
+    recorded: list[tuple[int, ...]] = []
+
+    def record(network: Any, inputs: tuple[Tensor, ...]) -> Any:
+        recorded.append(tuple(inputs[0].shape))
+        return lambda *arguments: 2 * network(*arguments)
+
+    monkeypatch.setattr(graphs, "record", record)
+    called = RecordedNetwork(network)
+    width = network.config["cross_attention_dim"]
+    for b in (1, 2, 1, 3, 4, 2, 5, 1):
+        sample, time, text = inputs(b)
+        text = text.new_ones(b, 5, width)
+        factor = 1 if b > MOST else 2
+        torch.testing.assert_close(called(sample, time, text), factor * network(sample, time, text))
+    assert [shape[0] for shape in recorded] == [1, 2, 3, 4]
+    network.eval()
+    assert len(called.recorded) == MOST  # evaluation is another kind of call, and there is no room
+
+
+def test_gradients_of_their_own_are_zero_and_stay_where_they_are() -> None:
+    network = small_unet()
+    own_gradients(network)
+    first = next(network.parameters())
+    assert first.grad is not None
+    place = first.grad.data_ptr()
+    first.grad += 1
+    own_gradients(network)
+    assert first.grad.data_ptr() == place
+    assert not first.grad.any()
+
+
+@pytest.mark.parametrize("which", ["attention", "all"])
+def test_what_cannot_be_recorded_is_refused(which: str) -> None:
+    with pytest.raises(ValueError, match=f"cuda_graphs=true.*gradient_checkpointing={which}.*elementwise"):
+        small_module(unet=small_unet(gradient_checkpointing=which)).record_network()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_replay_is_the_network_on_a_gpu() -> None:
+    network = small_unet(temporal_dropout=0.1).float().cuda()
+    called = RecordedNetwork(network)
+    width = network.config["cross_attention_dim"]
+    for b in (1, 2, 1, 2):
+        sample, time, text = inputs(b, "cuda", torch.float32)
+        text = text.new_ones(b, 5, width)
+        found = []
+        for function in (network, called):
+            torch.manual_seed(7)
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = function(sample, time, text).float().square().mean()
+            found.append((loss, *torch.autograd.grad(loss, list(network.parameters()))))
+        for x, y in zip(*found, strict=True):
+            torch.testing.assert_close(x, y, rtol=2e-2, atol=1e-3)
