@@ -101,6 +101,7 @@ class Obstacle(Callback):
         if trainer.global_step == self.step:
             place = Path(trainer.default_root_dir) / "checkpoints"
             if trainer.is_global_zero:
+                trainer.strategy.checkpoint_io.wait()  # the one before is whole
                 place.rename(place.with_name("moved"))
                 place.write_text("")
             if self.send is not None and trainer.is_global_zero:
