@@ -40,11 +40,12 @@ def per_gpu(parts: Parts, counted: Step, layout: Layout) -> dict[str, int]:
     """Bytes by part, at the moment of a step when most is alive."""
     weights = size_of(parts.unet)
     own = weights // layout.ranks if layout.sharded else weights
+    in_half = layout.kernels and layout.precision == "bf16-mixed"  # TextToVideoModule.setup
     found = {
         "weights (float32)": own,
         "average of the weights": own,
         "optimizer": layout.moments * own,
-        "frozen encoders": size_of(parts.autoencoder.model) + size_of(parts.text_encoder.tower),
+        "frozen encoders": (size_of(parts.autoencoder.model) + size_of(parts.text_encoder.tower)) // (2 if in_half else 1),
     }
     moment = dict(counted.at_peak)
     if layout.sharded:  # gradients lie divided; whole, in 16 bits, are the block at work, the next one, and what belongs to none
