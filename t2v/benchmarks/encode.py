@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2v.benchmarks.measuring import Row, attempt, ceilings, default_device, peak_memory, speed, timed, write_profile
+from t2v.benchmarks.measuring import Row, attempt, ceilings, check_peer, default_device, peak_memory, speed, timed, write_profile
 from t2v.benchmarks.parity import relative, row, tf32_off
 from t2v.benchmarks.random_parts import kl_config, random_autoencoder, random_kl
 from t2v.models import autoencoder_layers
@@ -44,10 +44,7 @@ def encode(
 
     `profile`: a file for the kernels of our last call.
     """
-    if versus not in (None, "diffusers"):
-        raise ValueError(f"versus={versus} is unknown; the peer is diffusers")
-    if compile_peer and versus is None:
-        raise ValueError("compile_peer=true has no peer to compile: add versus=diffusers")
+    check_peer(versus, compile_peer)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} is unknown; there are {', '.join(DTYPES)}")
     place = torch.device(device) if device else default_device()

@@ -26,6 +26,14 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_peer(versus: str | None, compile_peer: bool) -> None:
+    """ValueError for a peer that does not exist."""
+    if versus not in (None, "diffusers"):
+        raise ValueError(f"versus={versus} is unknown; the peer is diffusers")
+    if compile_peer and versus is None:
+        raise ValueError("compile_peer=true has no peer to compile: add versus=diffusers")
+
+
 @dataclass(frozen=True)
 class Timing:
     milliseconds: tuple[float, ...]  # of each round

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from t2v.benchmarks.measuring import Row, attempt, ceilings, default_device, peak_memory, speed, timed, write_profile
+from t2v.benchmarks.measuring import Row, attempt, ceilings, check_peer, default_device, peak_memory, speed, timed, write_profile
 from t2v.benchmarks.random_parts import (
     backend_for,
     config_for,
@@ -57,10 +57,7 @@ def sample(
 
     `profile`: a file for the kernels of two of our steps and the decoding, at the last number of prompts.
     """
-    if versus not in (None, "diffusers"):
-        raise ValueError(f"versus={versus} is unknown; the peer is diffusers")
-    if compile_peer and versus is None:
-        raise ValueError("compile_peer=true has no peer to compile: add versus=diffusers")
+    check_peer(versus, compile_peer)
     torch.backends.cudnn.benchmark = cudnn_benchmark  # off in generate and evaluate, where a seed is to give the same bits again
     place = torch.device(device) if device else default_device()
     config = config_for(place, config)

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from t2v.batch import ClipBatch
-from t2v.benchmarks.measuring import Row, attempt, ceilings, default_device, peak_memory, speed, synchronize, timed, write_profile
+from t2v.benchmarks.measuring import (
+    Row,
+    attempt,
+    ceilings,
+    check_peer,
+    default_device,
+    peak_memory,
+    speed,
+    synchronize,
+    timed,
+    write_profile,
+)
 from t2v.benchmarks.random_parts import (
     backend_for,
     config_for,
@@ -63,10 +74,7 @@ def train(
     """
     if fed not in ("latents", "pixels"):
         raise ValueError(f"fed={fed} is unknown; a step is fed with latents or pixels")
-    if versus not in (None, "diffusers"):
-        raise ValueError(f"versus={versus} is unknown; the peer is diffusers")
-    if compile_peer and versus is None:
-        raise ValueError("compile_peer=true has no peer to compile: add versus=diffusers")
+    check_peer(versus, compile_peer)
     torch.set_float32_matmul_precision("high")  # as t2v.train
     torch.backends.cudnn.benchmark = True  # as conf/trainer/default.yaml
     place = torch.device(device) if device else default_device()

@@ -77,11 +77,15 @@ class Attention(Fusable):
 
     def project(self, x: Tensor, names: str) -> tuple[Tensor, ...]:
         """`names` of "q", "k", "v": (... d) -> as many (... h d)."""
-        layers = [getattr(self, f"to_{name}") for name in names]
-        if len(layers) > 1 and self.fused(x):  # one matrix product, though the weights are stored apart
-            joined = F.linear(x, torch.cat([layer.weight for layer in layers]))
-            return joined.unflatten(-1, (len(layers), self.heads, self.head_dim)).unbind(-3)
+        if len(names) > 1 and self.fused(x):
+            return self.project_at_once(x, names).unbind(-3)
+        layers = (getattr(self, f"to_{name}") for name in names)
         return tuple(layer(x).unflatten(-1, (self.heads, self.head_dim)) for layer in layers)
+
+    def project_at_once(self, x: Tensor, names: str) -> Tensor:
+        """By one matrix product, though the weights are stored apart: (... d) -> (... k h d), k = len(names)."""
+        weight = torch.cat([getattr(self, f"to_{name}").weight for name in names])
+        return F.linear(x, weight).unflatten(-1, (len(names), self.heads, self.head_dim))
 
     def out(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(... (h d)) -> (... d), and the bias that the sum after it is to add; None where it is in already."""
@@ -131,8 +135,7 @@ class TemporalAttention(Attention):
     def attend_over_frames(self, x: Tensor) -> Tensor:
         """(b f n d) -> (b f n h d)."""
         if self.backend == "triton":
-            weight = torch.cat([self.to_q.weight, self.to_k.weight, self.to_v.weight])
-            return temporal_attention(F.linear(x, weight).unflatten(-1, (3, self.heads, self.head_dim)))
+            return temporal_attention(self.project_at_once(x, "qkv"))
         q, k, v = self.project(x, "qkv")
         return over_frames(q, k, v, self.backend)
 
@@ -166,7 +169,7 @@ class FeedForward(nn.Module):
 
 
 class GEGLU(Fusable):
-    """value * gelu(gate), both linear in the input. A GPU projects them at once; on a CPU halves of rows are slow to read and write."""
+    """value * gelu(gate), both linear in the input. For the kernel they are projected at once; elsewhere halves of rows are slow to use."""
 
     def __init__(self, width: int, width_out: int):
         super().__init__()
@@ -180,6 +183,8 @@ class GEGLU(Fusable):
 
 
 class LayerNorm(nn.LayerNorm, Fusable):
+    """Layer normalisation of tokens, with the residual sum before it."""
+
     def add(self, x: Tensor, branch: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x + branch + bias, and its layer norm. All (... d), bias (d)."""
         if self.fused(x):

@@ -52,6 +52,15 @@ def record(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         return torch.cuda.make_graphed_callables(_Call(network), examples)
 
 
+def require_recordable(network: Any) -> None:
+    """ValueError for recomputation that saves and sets the state of random numbers, as no graph can."""
+    if network.gradient_checkpointing in ("attention", "all"):
+        raise ValueError(
+            f"module.cuda_graphs=true cannot record unet.gradient_checkpointing={network.gradient_checkpointing}: "
+            "use none or elementwise, or module.cuda_graphs=false"
+        )
+
+
 def own_gradients(network: nn.Module) -> None:
     """Every parameter's gradient becomes zero, in memory of its own."""
     for parameter in network.parameters():

@@ -27,7 +27,7 @@ from t2v.models.text_encoder import TextEncoder
 from t2v.pipeline import TextToVideoPipeline
 from t2v.training.checkpoints import count_batches, lay_out_like_parameters
 from t2v.training.ema import EMA
-from t2v.training.graphs import RecordedNetwork, own_gradients
+from t2v.training.graphs import RecordedNetwork, own_gradients, require_recordable
 from t2v.training.mixture import StepPlan
 from t2v.training.nan_watch import MicroBatch, NonFiniteError, explain, gradient_norm
 from t2v.training.sharding import local, materialise
@@ -83,6 +83,8 @@ class TextToVideoModule(LightningModule):
         self.temporal_lr_factor = temporal_lr_factor
         self.seed = seed
         self.cuda_graphs = cuda_graphs
+        if cuda_graphs:
+            require_recordable(unet)
         self.recorded: RecordedNetwork | None = None
         self.frozen_in_bfloat16 = False  # weights and all, as t2v.generate runs them, instead of autocast's float32 norms
         self.micro_batches: list[MicroBatch] = []  # of the optimizer step under way, or just done
@@ -125,11 +127,7 @@ class TextToVideoModule(LightningModule):
     def record_network(self) -> None:
         """cuda_graphs: from now on, the network runs as CUDA graphs. On one GPU, because with more the exchange of gradients would have to
         wait for the whole backward pass."""
-        if self.unet.gradient_checkpointing in ("attention", "all"):  # it saves and sets the state of random numbers
-            raise ValueError(
-                f"module.cuda_graphs=true cannot record unet.gradient_checkpointing={self.unet.gradient_checkpointing}: "
-                "use none or elementwise, or module.cuda_graphs=false"
-            )
+        require_recordable(self.unet)
         self.recorded = RecordedNetwork(self.unet)
 
     def configure_optimizers(self) -> Any:

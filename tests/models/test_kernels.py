@@ -139,10 +139,20 @@ def test_a_network_of_kernels_is_the_network(monkeypatch: pytest.MonkeyPatch, f:
     monkeypatch.setattr(Fusable, "fused", lambda self, x: self.fused_kernels)
     found = network(*arguments)
     assert (found - y).abs().max() <= BOUND * y.abs().max()
-    for (name, _), a, b in zip(
-        network.named_parameters(), torch.autograd.grad(found.square().sum(), list(network.parameters())), expected, strict=True
-    ):
+    gradients = torch.autograd.grad(found.square().sum(), list(network.parameters()))
+    for (name, _), a, b in zip(network.named_parameters(), gradients, expected, strict=True):
         assert (a - b).abs().max() <= 3e-4 * max(1e-2, b.abs().max()), name
+    network.gradient_checkpointing = "elementwise"
+    again = torch.autograd.grad(network(*arguments).square().sum(), list(network.parameters()))
+    for a, b in zip(again, gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_network_without_kernels_has_none_anywhere() -> None:
+    for allowed in (True, False):
+        layers = [module for module in VideoUNet(**TWO_LEVELS, fused_kernels=allowed).modules() if isinstance(module, Fusable)]
+        assert layers
+        assert all(layer.fused_kernels is allowed for layer in layers)
 
 
 def test_on_meta_the_planned_gpu_decides() -> None:
@@ -160,5 +170,9 @@ def test_on_meta_the_planned_gpu_decides() -> None:
     token = planned_gpu.set(PlannedGPU(autocast=None))
     try:
         assert kept() < 0.85 * plain  # parameters among them
+        for module in network.modules():
+            if isinstance(module, Fusable):
+                module.fused_kernels = False
+        assert kept() == plain
     finally:
         planned_gpu.reset(token)

@@ -55,7 +55,10 @@ def test_gradients_of_their_own_are_zero_and_stay_where_they_are() -> None:
 @pytest.mark.parametrize("which", ["attention", "all"])
 def test_what_cannot_be_recorded_is_refused(which: str) -> None:
     with pytest.raises(ValueError, match=f"cuda_graphs=true.*gradient_checkpointing={which}.*elementwise"):
+        small_module(unet=small_unet(gradient_checkpointing=which), cuda_graphs=True)
+    with pytest.raises(ValueError, match="cannot record"):
         small_module(unet=small_unet(gradient_checkpointing=which)).record_network()
+    assert small_module(unet=small_unet(gradient_checkpointing="elementwise"), cuda_graphs=True).recorded is None  # before the training
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

@@ -123,3 +123,18 @@ def test_gradients_are_clipped_also_for_a_fused_optimizer_in_mixed_precision(tmp
     assert change(mixed, gradient_clip_val=0.1, precision=MixedPrecision("bf16-mixed", "cpu")) > 0
     with pytest.raises(ValueError, match="gradient_clip_algorithm=value"):
         change(small_module(), gradient_clip_val=0.1, gradient_clip_algorithm="value")
+
+
+@pytest.mark.parametrize("in_bfloat16", [False, True])
+def test_frozen_parts_in_bfloat16_run_without_autocast(monkeypatch: pytest.MonkeyPatch, in_bfloat16: bool) -> None:
+    module = small_module(unet=small_unet().float())
+    module.frozen_in_bfloat16 = in_bfloat16
+    found: list[bool] = []
+    encode = module.encode
+    monkeypatch.setattr(module, "encode", lambda *a: found.append(torch.is_autocast_enabled("cpu")) or encode(*a))
+    monkeypatch.setattr(type(module), "global_step", 0)
+    clips = MadeUpData({"video": 1}, {"video": 1}, JointMixture()).clips("video", [0])
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = module.predict("video", clips).losses
+    assert found == [not in_bfloat16]
+    assert torch.isfinite(losses).all()

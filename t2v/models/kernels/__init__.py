@@ -39,6 +39,16 @@ class Fusable(nn.Module):
         return self.fused_kernels and here and x.dtype in DTYPES
 
 
+def power_of_two(n: int) -> int:
+    """The one at or above n, as Triton wants its tiles."""
+    return 1 << (n - 1).bit_length()
+
+
+def width_of_tile(size: int, *widths: int) -> int:
+    """The first of the widths that divides the size, so that no lane is idle; else the first."""
+    return next((width for width in widths if size % width == 0), widths[0])
+
+
 def launch(kernel: Any, programs: int, on: Tensor, *arguments: Any, **options: Any) -> None:
     """Run a kernel on the device of the tensor `on`."""
     if not on.is_meta:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2v.models.kernels import launch, remember
+from t2v.models.kernels import launch, remember, width_of_tile
 
 try:
     import triton
@@ -60,7 +60,7 @@ class FusedGEGLU(torch.autograd.Function):
 def _sizes(x: Tensor) -> tuple[int, dict[str, int], int]:
     d = x.shape[-1] // 2
     rows = x.numel() // (2 * d)
-    block = next((b for b in (BLOCK, 64, 32) if d % b == 0), BLOCK)
+    block = width_of_tile(d, BLOCK, 64, 32)
     blocks = -(-d // block)
     return rows, {"D": d, "blocks": blocks, "ROWS": ROWS, "CHUNK": CHUNK, "BLOCK": block, "num_warps": WARPS}, -(-rows // CHUNK) * blocks
 

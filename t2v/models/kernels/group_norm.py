@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2v.models.kernels import compute_dtype, launch, remember
+from t2v.models.kernels import compute_dtype, launch, power_of_two, remember, width_of_tile
 
 try:
     import triton
@@ -155,7 +155,7 @@ class _Sizes:
 
     def __init__(self, x: Tensor, groups: int):
         n, s, c = x.shape
-        block = next((b for b in (BLOCK, 32, 16) if c % b == 0), BLOCK)
+        block = width_of_tile(c, BLOCK, 32, 16)
         blocks = -(-c // block)
         chunk = next((k for k in CHUNKS if n * blocks * -(-s // k) >= PROGRAMS), CHUNKS[-1])  # shorter programs rather than few
         while -(-s // chunk) > MAX_CHUNKS:
@@ -167,14 +167,10 @@ class _Sizes:
         sizes = {"S": s, "C": c, "GROUPS": groups, "CHUNK": chunk, "chunks": self.chunks}
         whole = s % chunk == 0 and c % block == 0
         self.common = {**sizes, "blocks": blocks, "ROWS": ROWS, "BLOCK": block, "WHOLE": whole, "num_warps": WARPS}
-        self.grouped = {**sizes, "CHUNKS": _power(self.chunks), "WIDTH": _power(c // groups)}
+        self.grouped = {**sizes, "CHUNKS": power_of_two(self.chunks), "WIDTH": power_of_two(c // groups)}
 
     def shifted(self, shift: Tensor | None) -> dict[str, Any]:
         return {"SHIFT": shift is not None, "per_shift": 1 if shift is None else self.samples // len(shift)}
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _after(silu: bool, dropout: float) -> dict[str, Any]:

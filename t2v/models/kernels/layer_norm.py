@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from t2v.models.kernels import compute_dtype, launch, remember
+from t2v.models.kernels import compute_dtype, launch, power_of_two, remember
 
 try:
     import triton
@@ -69,7 +69,7 @@ class FusedAddLayerNorm(torch.autograd.Function):
         total, weight, bias, offset = ctx.saved_tensors
         rows, sizes = _sizes(total)
         assert grad is not None, "a normalised value that nothing uses"
-        steps = _power(-(-rows // (sizes["ROWS"] * _programs(total))))
+        steps = power_of_two(-(-rows // (sizes["ROWS"] * _programs(total))))
         programs = -(-rows // (sizes["ROWS"] * steps))
         sums = total.new_empty((2 + (offset is not None), programs, total.shape[-1]), dtype=torch.float32)
         dx = torch.empty_like(total)
@@ -93,13 +93,8 @@ class FusedAddLayerNorm(torch.autograd.Function):
 def _sizes(x: Tensor) -> tuple[int, dict[str, int]]:
     """Rows, and how many of them a program takes at a time: some 2,048 numbers."""
     d = x.shape[-1]
-    block = _power(d)
+    block = power_of_two(d)
     return x.numel() // d, {"D": d, "ROWS": max(1, TILE // block), "BLOCK": block, "num_warps": WARPS}
-
-
-def _power(n: int) -> int:
-    """The power of two at or above n."""
-    return 1 << (n - 1).bit_length()
 
 
 def _programs(x: Tensor) -> int:

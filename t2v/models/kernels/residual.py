@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2v.models.kernels import launch
+from t2v.models.kernels import launch, width_of_tile
 
 try:
     import triton
@@ -51,7 +51,7 @@ class FusedResidualSum(torch.autograd.Function):
 def _sizes(x: Tensor) -> tuple[int, int, dict[str, int]]:
     d = x.shape[-1]
     rows = x.numel() // d
-    block = next((b for b in (BLOCK, 32, 16) if d % b == 0), BLOCK)
+    block = width_of_tile(d, BLOCK, 32, 16)
     blocks = -(-d // block)
     return rows, -(-rows // CHUNK) * blocks, {"D": d, "blocks": blocks, "CHUNK": CHUNK, "ROWS": ROWS, "BLOCK": block, "num_warps": WARPS}
 

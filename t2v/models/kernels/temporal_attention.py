@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2v.models.kernels import launch, planned_gpu
+from t2v.models.kernels import launch, planned_gpu, power_of_two
 
 try:
     import triton
@@ -85,7 +85,7 @@ class FusedTemporalAttention(torch.autograd.Function):
 
 def _sizes(qkv: Tensor) -> dict[str, Any]:
     _, f, n, _, h, d = qkv.shape
-    block = max(16, 1 << (f - 1).bit_length())
+    block = max(16, power_of_two(f))
     sizes = {"n_pixels": n, "n_heads": h, "n_frames": f, "scale": d**-0.5, "BLOCK": block, "D": d}
     return {**sizes, "num_warps": 1 if block <= 16 else 4}
 

@@ -29,10 +29,8 @@ from t2v.training.background import WRITER
 
 FOLDER, VERDICT = ".ranks", "verdict"
 WATCH = "rank watch"  # names of threads
-MARKS, LAST = (
-    64,
-    8,
-)  # gradients whose arrival is a point that is passed: so many, and those of the first parameters, which are the last to come
+MARKS = 64  # gradients whose arrival is a point that is passed
+LAST = 8  # and those of the first parameters, which are the last to come
 
 
 @dataclass(frozen=True)
