@@ -162,7 +162,7 @@ def our_step(
         module.on_before_optimizer_step(optimizer)  # the watch
         optimizer.step()
         optimizer.zero_grad()
-        module.ema.update(module.ema_unet, module.unet, step=1)
+        module.update_average(step=1)
         return loss.detach()
 
     return step

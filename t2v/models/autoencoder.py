@@ -33,7 +33,8 @@ SD_CONFIG: dict[str, Any] = {  # 83,653,863 parameters: Stable Diffusion's, for 
 class Autoencoder:
     """Wraps diffusers' AutoencoderKL. `factor` is pixels per latent pixel, `channels` those of the latents, `config` rebuilds it.
 
-    max_frames_per_pass  frames that go through the network at once; more need more memory
+    max_frames_per_pass  frames that go through the network at once; more need more memory. None: 64, on GPUs 64 of 256 x 256 or as many
+                         smaller or larger ones as have those pixels
     channels_last        the forward pass of autoencoder_layers instead of diffusers'; None: on GPUs, where the network is of that kind
     compile              that forward pass through torch.compile: faster after a minute of compiling for each shape
 
@@ -44,11 +45,11 @@ class Autoencoder:
         self,
         model: Any,
         source: str | None = None,
-        max_frames_per_pass: int = 64,
+        max_frames_per_pass: int | None = None,
         channels_last: bool | None = None,
         compile: bool = False,
     ):
-        if max_frames_per_pass < 1:
+        if max_frames_per_pass is not None and max_frames_per_pass < 1:
             raise ValueError(f"max_frames_per_pass={max_frames_per_pass} must be at least 1")
         if channels_last and not autoencoder_layers.is_supported(model):
             raise ValueError("channels_last=true is for Stable Diffusion's kinds of blocks, and this autoencoder has others: leave it out")
@@ -72,7 +73,7 @@ class Autoencoder:
         cls,
         source: str | Path | None = None,
         *,
-        max_frames_per_pass: int = 64,
+        max_frames_per_pass: int | None = None,
         channels_last: bool | None = None,
         compile: bool = False,
         download: bool = False,
@@ -103,7 +104,7 @@ class Autoencoder:
                 f"use {nearest[0]} x {nearest[1]}"
             )
         shape = (b, f, h // self.factor, w // self.factor, 2 * self.channels)
-        parts = [self._encode(part) for part in frames.flatten(0, 1).split(self.max_frames_per_pass)] if b * f else []
+        parts = [self._encode(part) for part in frames.flatten(0, 1).split(self.frames_per_pass(h * w))] if b * f else []
         return torch.cat(parts).view(shape) if parts else torch.zeros(shape, device=self.device)
 
     def sample(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -120,8 +121,14 @@ class Autoencoder:
             raise ValueError(f"latents must be (b {self.channels} f h w) for this autoencoder, not {tuple(latents.shape)}")
         z = (latents / self.scaling_factor).transpose(1, 2).flatten(0, 1)  # ((b f) c h w)
         shape = (b, f, h * self.factor, w * self.factor, 3)
-        parts = [self._decode(part) for part in z.split(self.max_frames_per_pass)] if b * f else []
+        parts = [self._decode(part) for part in z.split(self.frames_per_pass(h * w * self.factor**2))] if b * f else []
         return torch.cat(parts).view(shape) if parts else torch.zeros(shape, dtype=torch.uint8, device=self.device)
+
+    def frames_per_pass(self, pixels: int) -> int:
+        """For frames of so many pixels."""
+        if self.max_frames_per_pass is not None:
+            return self.max_frames_per_pass
+        return max(1, 64 * 256 * 256 // pixels) if self.device.type == "cuda" else 64
 
     @torch.no_grad()
     def _encode(self, frames: Tensor) -> Tensor:

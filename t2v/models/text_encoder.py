@@ -107,7 +107,7 @@ class TextEncoder:
     def encode_tokens(self, ids: Tensor) -> Tensor:
         """Token ids (b 77) -> (b 77 d)."""
         tower = self.tower
-        ids = ids.to(tower.positional_embedding.device)
+        ids = ids.to(tower.positional_embedding.device, non_blocking=True)
         x = tower.token_embedding(ids) + tower.positional_embedding
         for block in tower.transformer.resblocks:
             x = block(x, attn_mask=tower.attn_mask)

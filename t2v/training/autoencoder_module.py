@@ -130,7 +130,7 @@ class AutoencoderModule(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The average follows at once, before any callback can save it."""
         super().optimizer_step(*args, **kwargs)
-        self.ema.update(self.average, self.autoencoder, self.global_step + 1)
+        self.ema.update(list(self.average.parameters()), list(self.autoencoder.parameters()), self.global_step + 1)
 
 
 class AutoencoderScore(Callback):

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import cycle, islice
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.utilities import CombinedLoader
@@ -57,6 +58,7 @@ class StreamDataModule(LightningDataModule):
             state=self._resume,
             timeout=self.timeout,
             multiprocessing_context=self.start_method,
+            pin_memory=torch.cuda.is_available(),  # so that copies to the GPU need not be waited for
         )
         return FirstStep(loader, accumulate) if self.repeat_first_step else loader
 
@@ -120,6 +122,9 @@ class MixtureDataModule(LightningDataModule):
         roles = self.mixture.roles(self.trainer.global_rank, self.trainer.world_size)
         loaders = {name: self.modules[name].loader(role, plan.accumulate) for name, role in roles.items()}
         return CombinedLoader(loaders, "min_size")  # every stream gives a micro-batch each time; none of them ends
+
+    def transfer_batch_to_device(self, batch: dict[str, ClipBatch], device: torch.device, dataloader_idx: int) -> dict[str, ClipBatch]:
+        return {stream: clips.to(device, non_blocking=True) for stream, clips in batch.items()}
 
     def consumed(self, batch: dict[str, ClipBatch]) -> None:
         """Tell the streams what training has used. Workers are ahead of it; only this is saved."""

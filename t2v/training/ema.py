@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
-
-from t2v.training.sharding import local
+from torch import Tensor, nn
 
 
 class EMA:
@@ -31,9 +29,6 @@ class EMA:
             mean.copy_(current)
 
     @torch.no_grad()
-    def update(self, average: nn.Module, model: nn.Module, step: int) -> None:
-        torch._foreach_lerp_(
-            local(average.parameters()), local(model.parameters()), 1 - self.decay_at(step)
-        )  # elementwise: exact on shards
-        for mean, current in zip(average.buffers(), model.buffers()):
-            mean.copy_(current)
+    def update(self, average: list[Tensor], model: list[Tensor], step: int) -> None:
+        """Of the networks' parameters; exact on this rank's rows of them, because it works element by element."""
+        torch._foreach_lerp_(average, model, 1 - self.decay_at(step))

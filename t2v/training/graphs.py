@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -61,9 +62,9 @@ def require_recordable(network: Any) -> None:
         )
 
 
-def own_gradients(network: nn.Module) -> None:
-    """Every parameter's gradient becomes zero, in memory of its own."""
-    for parameter in network.parameters():
+def own_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Every gradient becomes zero, in memory of its own."""
+    for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.zero_()
         elif parameter.requires_grad:

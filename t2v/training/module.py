@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -29,7 +30,7 @@ from t2v.training.checkpoints import count_batches, lay_out_like_parameters
 from t2v.training.ema import EMA
 from t2v.training.graphs import RecordedNetwork, own_gradients, require_recordable
 from t2v.training.mixture import StepPlan
-from t2v.training.nan_watch import MicroBatch, NonFiniteError, explain, gradient_norm
+from t2v.training.nan_watch import MicroBatch, Model, NanWatch
 from t2v.training.sharding import local, materialise
 from t2v.training.strategies import FullyShardedStrategy
 
@@ -88,7 +89,7 @@ class TextToVideoModule(LightningModule):
         self.recorded: RecordedNetwork | None = None
         self.frozen_in_bfloat16 = False  # weights and all, as t2v.generate runs them, instead of autocast's float32 norms
         self.micro_batches: list[MicroBatch] = []  # of the optimizer step under way, or just done
-        self.gradient_norm: Tensor | None = None  # of the last optimizer step, before clipping
+        self.watch = NanWatch()
 
     # -- set-up ---------------------------------------------------------------------------------------------------------------------
 
@@ -155,11 +156,11 @@ class TextToVideoModule(LightningModule):
         precomputed = clips.frames.is_floating_point()  # t2v.encode stored the moments instead of the frames
         moments = clips.frames.float() if precomputed else autoencoder.moments(clips.frames)  # (b f h w 2c)
         _, f, h, w, c = moments.shape
-        noise = normal(self._keys("posterior", stream, clips), (c // 2, f, h, w)).to(moments.device)
+        noise = sent(normal(self._keys("posterior", stream, clips), (c // 2, f, h, w)), moments.device)
         dropped = uniform(self._keys("caption", stream, clips)) < self.caption_dropout
         latents = autoencoder.sample(moments, noise)
         if clips.text is not None and clips.empty_text is not None:  # t2v.encode stored the embeddings, too
-            text = torch.where(dropped.to(clips.text.device)[:, None, None], clips.empty_text, clips.text)  # (b n d)
+            text = torch.where(sent(dropped, clips.text.device)[:, None, None], clips.empty_text, clips.text)  # (b n d)
             return LatentBatch(latents, text.to(latents), clips.indices)
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), clips.captions, strict=True)]
         return LatentBatch(latents, text_encoder.encode(captions), clips.indices)
@@ -183,15 +184,28 @@ class TextToVideoModule(LightningModule):
         kind = self.device.type
         with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not self.frozen_in_bfloat16):
             encoded = self.encode(stream, clips)
-        timestep = self.timesteps(self._keys("timestep", stream, clips), self.objective.schedule.num_timesteps).to(self.device)
-        noise = normal(self._keys("noise", stream, clips), encoded.latents.shape[1:]).to(self.device)
+        timestep = self.timesteps(self._keys("timestep", stream, clips), self.objective.schedule.num_timesteps)
+        noise = normal(self._keys("noise", stream, clips), encoded.latents.shape[1:])
+        timestep, noise = sent(timestep, self.device), sent(noise, self.device)
         losses = self.objective(self.recorded or self.unet, encoded.latents, encoded.text, timestep, noise)  # (b,)
         return MicroBatch(stream, clips.keys, encoded, timestep, noise, losses)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.gradient_norm = gradient_norm(self.unet)  # of all ranks, so that all of them stop together
-        if not torch.isfinite(self.gradient_norm):
-            raise NonFiniteError(f"step {self.global_step}: {explain(self.unet, self.objective, self.micro_batches)}")
+        self.watch.look(self.watched, optimizer, self.global_step, self.micro_batches)
+
+    @cached_property
+    def watched(self) -> Model:
+        """The network and its parameters, looked up at the first step: a walk over all modules takes as long as a small network's step."""
+        return Model(self.unet, list(self.unet.parameters()), self.objective)
+
+    @cached_property
+    def rows(self) -> tuple[list[Tensor], list[Tensor]]:
+        """This rank's rows of the average's parameters and of the network's."""
+        with torch.no_grad():
+            return local(self.ema_unet.parameters()), local(self.watched.parameters)
+
+    def update_average(self, step: int) -> None:
+        self.ema.update(*self.rows, step)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -202,15 +216,15 @@ class TextToVideoModule(LightningModule):
             return
         if gradient_clip_algorithm == "value":
             raise ValueError("trainer.gradient_clip_algorithm=value is not supported here: leave it out, or use norm")
-        assert self.gradient_norm is not None
-        factor = (gradient_clip_val / self.gradient_norm.clamp(min=1e-12)).clamp(max=1)
-        torch._foreach_mul_(local([p.grad for p in self.unet.parameters() if p.grad is not None]), factor)
+        assert self.watch.norm is not None
+        factor = (gradient_clip_val / self.watch.norm.clamp(min=1e-12)).clamp(max=1)
+        torch._foreach_mul_(local([p.grad for p in self.watched.parameters if p.grad is not None]), factor)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The average follows at once, before any callback can save or sample it. Gradients go at once, too: Lightning would keep them
         through the next forward pass, where memory is shortest."""
         super().optimizer_step(*args, **kwargs)
-        self.ema.update(self.ema_unet, self.unet, self.global_step + 1)
+        self.update_average(self.global_step + 1)
         self.forget_gradients()
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
@@ -218,9 +232,10 @@ class TextToVideoModule(LightningModule):
 
     def forget_gradients(self) -> None:
         if self.recorded is None or self.plan.accumulate == 1:
-            self.unet.zero_grad()
+            for parameter in self.watched.parameters:
+                parameter.grad = None
         else:  # recorded passes of several micro-batches must not write into each other's
-            own_gradients(self.unet)
+            own_gradients(self.watched.parameters)
 
     def _keys(self, purpose: str, stream: str, clips: ClipBatch) -> list[tuple[Any, ...]]:
         return [(self.seed, purpose, self.global_step, stream, index) for index in clips.indices]
@@ -242,8 +257,19 @@ class TextToVideoModule(LightningModule):
             self.forget_gradients()
         lay_out_like_parameters(self.trainer.optimizers[0])
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.watch.settle(self.watched)
+
+    def on_train_end(self) -> None:
+        self.watch.settle(self.watched)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         count_batches(checkpoint, self.plan.accumulate)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the CPU to a GPU, without waiting for what that is still doing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def stand_in(none: ClipBatch) -> ClipBatch:

@@ -42,12 +42,12 @@ def test_each_shape_is_recorded_once_and_the_fifth_runs_unrecorded(monkeypatch: 
 
 def test_gradients_of_their_own_are_zero_and_stay_where_they_are() -> None:
     network = small_unet()
-    own_gradients(network)
+    own_gradients(network.parameters())
     first = next(network.parameters())
     assert first.grad is not None
     place = first.grad.data_ptr()
     first.grad += 1
-    own_gradients(network)
+    own_gradients(network.parameters())
     assert first.grad.data_ptr() == place
     assert not first.grad.any()
 

@@ -29,7 +29,7 @@ def update(
     data = MadeUpData(batch, {"image": micro, "video": micro}, mixture())
     fit(module, data, folder, strategy=STRATEGIES[strategy](), world=world, **options)
     weights = {name: whole(value.detach()) for name, value in module.state_dict().items()}
-    return {"weights": weights, "norm": module.gradient_norm, "used": data.used}
+    return {"weights": weights, "norm": module.watch.norm, "used": data.used}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from t2v.training.ema import EMA
 from t2v.training.learning_rate import constant, cosine
 from t2v.training.mixture import JointMixture
 from t2v.training.module import TextToVideoModule
-from t2v.training.nan_watch import first_bad_gradient, first_bad_layer, gradient_norm
+from t2v.training.nan_watch import Model, first_bad_gradient, first_bad_layer, gradient_norms, norm_of
 
 
 def test_ema_is_the_weighted_mean_of_the_weights() -> None:
@@ -27,7 +27,7 @@ def test_ema_is_the_weighted_mean_of_the_weights() -> None:
     start = model.weight.detach().clone()
     with torch.no_grad():
         model.weight.add_(1.0)
-    EMA(decay=0.9).update(average, model, step=1)
+    EMA(decay=0.9).update(list(average.parameters()), list(model.parameters()), step=1)
     assert torch.allclose(average.weight, 0.9 * start + 0.1 * model.weight)
 
 
@@ -55,10 +55,16 @@ def test_nan_watch_names_layer_parameter_and_gradient() -> None:
     assert first_bad_layer(model, lambda: model(x)).startswith("the loss itself")
     assert first_bad_layer(model, lambda: model(x * float("inf"))) == "layer 0"
     model(x).sum().backward()
-    assert torch.isfinite(gradient_norm(model))
+    watched = Model(model, list(model.parameters()), lambda: x)
+    norms = gradient_norms(watched.parameters)
+    whole = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+    assert torch.allclose(norm_of(norms, sharded=False), whole)
+    assert first_bad_gradient(watched, norms) is None
     model[2].weight.grad[0, 0] = float("nan")  # type: ignore[index,union-attr]
-    assert not torch.isfinite(gradient_norm(model))
-    assert first_bad_gradient(model) == "2.weight"
+    model[0].bias.grad = None
+    norms = gradient_norms(watched.parameters)
+    assert not torch.isfinite(norm_of(norms, sharded=False))
+    assert first_bad_gradient(watched, norms) == "2.weight"
     with torch.no_grad():
         model[2].bias.fill_(float("inf"))  # type: ignore[union-attr]
     assert first_bad_layer(model, lambda: model(x)) == "parameter 2.bias"

@@ -12,7 +12,7 @@ from t2v.diffusion.objective import DenoisingLoss
 from t2v.models.autoencoder import SD_CONFIG
 from t2v.training.callbacks import training_log
 from t2v.training.callbacks.training_log import TrainingLog
-from t2v.training.nan_watch import MicroBatch
+from t2v.training.nan_watch import MicroBatch, NanWatch
 from t2v.training.operations import autoencoder_tflop, ceiling_tflop_per_s, unet_tflop
 
 UNET: dict[str, Any] = {
@@ -47,7 +47,7 @@ def step(log: TrainingLog, trainer: Any, clock: Clock, batch: dict[str, ClipBatc
         unet=SimpleNamespace(config=UNET),
         frozen=SimpleNamespace(autoencoder=SimpleNamespace(model=SimpleNamespace(config=KL))),
         objective=DenoisingLoss(),
-        gradient_norm=None,
+        watch=NanWatch(),
         micro_batches=micro_batches,
     )
     if trainer.global_step == 0:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,22 @@ def test_a_bad_gradient_names_its_parameter(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"the gradient of conv_out\.bias is not; samples image-0"):
         fit(module, MadeUpData(BATCH, MICRO, JointMixture()), tmp_path)
     assert torch.isfinite(module.unet.conv_out.bias).all()
+
+
+@pytest.mark.parametrize("steps", [2, 5])  # the bad step is the last one, or training has gone on before the verdict is read
+def test_a_fused_optimizer_passes_over_the_bad_step(steps: int, tmp_path: Path) -> None:
+    before: dict[str, torch.Tensor] = {}
+
+    class Remember(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *arguments: Any) -> None:
+            if trainer.global_step == 1:
+                before.update({name: value.clone() for name, value in module.unet.state_dict().items()})
+
+    module = small_module(optimizer=partial(torch.optim.AdamW, lr=1e-3, fused=True))
+    data = MadeUpData(BATCH, MICRO, JointMixture(), bad=("video", 7))
+    with pytest.raises(NonFiniteError, match="step 1: the loss of video video-7 is not finite; first in "):
+        fit(module, data, tmp_path, steps=steps, callbacks=[Remember()])
+    assert all(torch.equal(value, before[name]) for name, value in module.unet.state_dict().items())
+    (optimizer,) = [module.trainer.optimizers[0]]
+    assert all(float(state["step"]) == 1 and torch.isfinite(state["exp_avg"]).all() for state in optimizer.state.values())
+    assert all(torch.isfinite(value).all() for value in module.ema_unet.state_dict().values())

@@ -94,8 +94,8 @@ class TrainingLog(Callback):
         for group in trainer.optimizers[0].param_groups:
             scalars[f"optimizer/lr_{group['name']}"] = group["lr"]
             scalars[f"optimizer/update_to_weight_{group['name']}"] = update_to_weight(trainer.optimizers[0], group)
-        if module.gradient_norm is not None:
-            scalars["optimizer/gradient_norm"] = float(module.gradient_norm)
+        if module.watch.norm is not None:
+            scalars["optimizer/gradient_norm"] = float(module.watch.norm)
         images, clips, tflop = (seen / (now - self.since)).tolist()
         scalars["speed/images_per_second"], scalars["speed/clips_per_second"] = images, clips
         per_gpu = {"images_per_second": images, "clips_per_second": clips, "tflop_per_second": tflop}
