@@ -34,23 +34,32 @@ class TextEncoder:
 
     @classmethod
     def random(
-        cls, seed: int = 0, width: int = 128, layers: int = 2, heads: int = 2, token_std: float = 1.0, final_gain: float = 1.0
+        cls,
+        seed: int = 0,
+        width: int = 128,
+        layers: int = 2,
+        heads: int = 2,
+        token_std: float = 1.0,
+        mixing: float = 1.0,
+        final_gain: float = 1.0,
     ) -> TextEncoder:
         """A small tower of random weights, the same bits on every machine: uniform numbers times a constant, one rounding each.
 
         Tokens are large beside what the layers add, so that words stay visible where they stand. Positions and padding are zero: what is
         left at the positions after the end is the sentence that causal attention gathered, as in a trained tower, so that even someone
-        who attends to all 77 alike reads it. Order is known by that attention alone. `final_gain` is the weight of the final norm: how
-        loud text is, and so how soon a network that starts from nothing listens.
+        who attends to all 77 alike reads it. Order is known by that attention alone. `mixing` is the weight of what the layers add; at 0
+        a word is the same vector in every sentence, so that words are learned one by one. `final_gain` is the weight of the final norm:
+        how loud text is, and so how soon a network that starts from nothing listens.
         """
         if width % heads:
             raise ValueError(f"width={width} is not a multiple of heads={heads}: use heads that divide the width")
         if layers < 2:
             raise ValueError(f"layers={layers}: at least 2 are needed, because the output is taken before the last one")
-        config = {"seed": seed, "width": width, "layers": layers, "heads": heads, "token_std": token_std, "final_gain": final_gain}
+        config = {"seed": seed, "width": width, "layers": layers, "heads": heads, "token_std": token_std}
+        config |= {"mixing": mixing, "final_gain": final_gain}
         tower = empty_tower(width, layers, heads)
         generator = torch.Generator().manual_seed(seed)
-        depth = (2 * layers) ** -0.5  # open_clip's scales, by which residual branches shrink with depth
+        depth = mixing * (2 * layers) ** -0.5  # open_clip's scales, by which residual branches shrink with depth
         scales = {"in_proj_weight": 1.0, "out_proj.weight": depth, "c_fc.weight": 0.5**0.5, "c_proj.weight": depth}
         with torch.no_grad():
             for name, parameter in tower.named_parameters():

@@ -107,3 +107,13 @@ def test_the_final_gain_is_how_loud_text_is() -> None:
     quiet, loud = (TextEncoder.random(width=32, final_gain=gain) for gain in (1.0, 4.0))
     torch.testing.assert_close(loud.encode(["a red circle"]), 4 * quiet.encode(["a red circle"]))
     assert loud.sha256() != quiet.sha256()
+
+
+def test_without_mixing_a_word_is_the_same_in_every_sentence() -> None:
+    alone = TextEncoder.random(width=32, mixing=0)
+    one, other = alone.encode(["a red circle on a gray background", "a red square"])
+    torch.testing.assert_close(one[2], other[2], rtol=0, atol=0)
+    assert not torch.equal(one[3], other[3])
+    assert not other[5:].any()  # padding
+    mixed, also_mixed = TextEncoder.random(width=32).encode(["on gray, a red circle", "on navy, a red circle"])
+    assert not torch.equal(mixed[5], also_mixed[5])
