@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 from pytorch_lightning import LightningModule
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -31,10 +31,11 @@ from t2v.training.ema import EMA
 from t2v.training.graphs import RecordedNetwork, own_gradients, require_recordable
 from t2v.training.mixture import StepPlan
 from t2v.training.nan_watch import MicroBatch, Model, NanWatch
-from t2v.training.sharding import local, materialise
+from t2v.training.sharding import is_sharded, local, materialise, own_rows, take_gradients
 from t2v.training.strategies import FullyShardedStrategy
 
 TEMPORAL_MODULES = ("temp_convs", "temp_attentions", "transformer_in")
+ELEMENT_BY_ELEMENT = (optim.Adagrad, optim.Adam, optim.Adamax, optim.NAdam, optim.RAdam, optim.RMSprop, optim.SGD)  # AdamW is an Adam
 
 
 class TextToVideoModule(LightningModule):
@@ -88,6 +89,7 @@ class TextToVideoModule(LightningModule):
             require_recordable(unet)
         self.recorded: RecordedNetwork | None = None
         self.frozen_in_bfloat16 = False  # weights and all, as t2v.generate runs them, instead of autocast's float32 norms
+        self.trained: dict[str, nn.Parameter] = {}  # what the optimizer steps on: the parameters, or this rank's rows of each
         self.micro_batches: list[MicroBatch] = []  # of the optimizer step under way, or just done
         self.watch = NanWatch()
 
@@ -132,15 +134,21 @@ class TextToVideoModule(LightningModule):
         self.recorded = RecordedNetwork(self.unet)
 
     def configure_optimizers(self) -> Any:
-        temporal = {name: any(part in name for part in TEMPORAL_MODULES) for name, _ in self.unet.named_parameters()}
+        self.trained = {name: own_rows(parameter) for name, parameter in self.unet.named_parameters()}
+        temporal = {name: any(part in name for part in TEMPORAL_MODULES) for name in self.trained}
         base = self.make_optimizer([{"params": []}]).defaults["lr"] if self.temporal_lr_factor != 1 else None
         groups: list[dict[str, Any]] = [
-            {"name": "spatial", "params": [p for n, p in self.unet.named_parameters() if not temporal[n]]},
-            {"name": "temporal", "params": [p for n, p in self.unet.named_parameters() if temporal[n]]},
+            {"name": "spatial", "params": [p for n, p in self.trained.items() if not temporal[n]]},
+            {"name": "temporal", "params": [p for n, p in self.trained.items() if temporal[n]]},
         ]
         if base is not None:
             groups[1]["lr"] = base * self.temporal_lr_factor
         optimizer = self.make_optimizer([group for group in groups if group["params"]])
+        if is_sharded(next(iter(self.trained.values()))) and not isinstance(optimizer, ELEMENT_BY_ELEMENT):
+            raise ValueError(
+                f"strategy=fsdp steps on each rank's rows, but {type(optimizer).__name__} looks at whole weights: "
+                "use optimizer=adamw, or strategy=ddp"
+            )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.lr_schedule), "interval": "step"}}
 
     @property
@@ -191,18 +199,18 @@ class TextToVideoModule(LightningModule):
         return MicroBatch(stream, clips.keys, encoded, timestep, noise, losses)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        take_gradients(self.watched.parameters)
         self.watch.look(self.watched, optimizer, self.global_step, self.micro_batches)
 
     @cached_property
     def watched(self) -> Model:
-        """The network and its parameters, looked up at the first step: a walk over all modules takes as long as a small network's step."""
-        return Model(self.unet, list(self.unet.parameters()), self.objective)
+        """The network and its parameters, looked up once: a walk over all modules takes as long as a small network's step."""
+        return Model(self.unet, list(self.trained.values()), self.objective)
 
     @cached_property
     def rows(self) -> tuple[list[Tensor], list[Tensor]]:
         """This rank's rows of the average's parameters and of the network's."""
-        with torch.no_grad():
-            return local(self.ema_unet.parameters()), local(self.watched.parameters)
+        return local(self.ema_unet.parameters()), list(self.watched.parameters)
 
     def update_average(self, step: int) -> None:
         self.ema.update(*self.rows, step)
@@ -218,7 +226,7 @@ class TextToVideoModule(LightningModule):
             raise ValueError("trainer.gradient_clip_algorithm=value is not supported here: leave it out, or use norm")
         assert self.watch.norm is not None
         factor = (gradient_clip_val / self.watch.norm.clamp(min=1e-12)).clamp(max=1)
-        torch._foreach_mul_(local([p.grad for p in self.watched.parameters if p.grad is not None]), factor)
+        torch._foreach_mul_([p.grad for p in self.watched.parameters if p.grad is not None], factor)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The average follows at once, before any callback can save or sample it. Gradients go at once, too: Lightning would keep them

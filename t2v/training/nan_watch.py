@@ -72,7 +72,7 @@ class Model:
     """What the watch needs of what is trained."""
 
     network: nn.Module
-    parameters: Sequence[nn.Parameter]  # all of the network's
+    parameters: Sequence[nn.Parameter]  # all of the network's, or this rank's rows of each
     objective: Callable[..., Tensor]
 
 
@@ -152,7 +152,7 @@ def first_bad_layer(model: nn.Module, forward: Callable[[], Any]) -> str:
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """(parameters,) the norm of each gradient, of this rank's rows where they are sharded; zero where there is none."""
     grads = [parameter.grad for parameter in parameters]
-    norms = iter(torch._foreach_norm(local([grad for grad in grads if grad is not None])))
+    norms = iter(torch._foreach_norm([grad for grad in grads if grad is not None]))
     zero = torch.zeros((), device=parameters[0].device)
     return torch.stack([zero if grad is None else next(norms) for grad in grads])
 

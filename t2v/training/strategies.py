@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning_fabric.utilities.optimizer import _optimizer_to_device
 from pytorch_lightning.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
-from t2v.training.sharding import like, load_rows, shard
+from t2v.training.sharding import as_sharded, divide_like, load_rows, shard
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -55,7 +55,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return optimizer.state_dict()
+        state = optimizer.state_dict()
+        return {**state, "state": _moments(as_sharded, state, optimizer)}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
@@ -69,16 +70,20 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            numbers = [number for group in stored["param_groups"] for number in group["params"]]
-            of_number = dict(zip(numbers, parameters, strict=True))
-            state = {
-                number: {key: like(value, of_number[number]) if _is_moment(value) else value for key, value in values.items()}
-                for number, values in stored["state"].items()
-            }
-            optimizer.load_state_dict({**stored, "state": state})
+            optimizer.load_state_dict({**stored, "state": _moments(divide_like, stored, optimizer)})
             _optimizer_to_device(optimizer, self.root_device)
 
 
+def _moments(change: Callable[[Tensor, Tensor], Tensor], stored: Mapping[str, Any], optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    """The `state` of an optimizer's state dictionary with every moment changed to what `change` makes of it and of its parameter."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in stored["param_groups"] for number in group["params"]]
+    of_number = dict(zip(numbers, parameters, strict=True))
+    return {
+        number: {key: change(value, of_number[number]) if _is_moment(value) else value for key, value in values.items()}
+        for number, values in stored["state"].items()
+    }
+
+
 def _is_moment(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0
+    return isinstance(value, Tensor) and value.ndim > 0

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from pytorch_lightning import Trainer
 from ranks import free_port, on_ranks
 from small_training import MadeUpData, fit, small_module, small_unet
@@ -24,6 +25,7 @@ from t2v.diffusion.schedule import NoiseSchedule
 from t2v.training.checkpoints import Checkpoints
 from t2v.training.mixture import JointMixture
 from t2v.training.run import check_port, make_trainer, same_model
+from t2v.training.strategies import FullyShardedStrategy
 
 BATCH = {"image": 2, "video": 2}
 
@@ -85,6 +87,18 @@ def test_ranks_that_see_different_folders_do_not_start(tmp_path: Path) -> None:
     fit(small_module(), MadeUpData(BATCH, BATCH, JointMixture()), tmp_path, steps=1, callbacks=[Checkpoints()])
     messages = on_ranks(resumed, 2, tmp_path, tmp_path, checkpoint.step_folder(tmp_path, 1))
     assert all(message.startswith("rank 0 starts at step 1 and rank 1 at step 0: ") for message in messages)
+
+
+def whole_weights_wanted(folder: Path) -> str:
+    module = small_module(optimizer=torch.optim.Adafactor)
+    with pytest.raises(ValueError, match="Adafactor looks at whole weights") as caught:
+        fit(module, MadeUpData(BATCH, BATCH, JointMixture()), folder, strategy=FullyShardedStrategy())
+    return str(caught.value)
+
+
+def test_sharded_weights_need_an_optimizer_that_works_element_by_element(tmp_path: Path) -> None:
+    (message,) = on_ranks(whole_weights_wanted, 1, tmp_path, tmp_path)
+    assert "strategy=ddp" in message
 
 
 FAILS = """
