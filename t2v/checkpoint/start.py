@@ -1,17 +1,31 @@
-"""Start a network from the spatial weights of one that was trained here: our own step from section 4.1.2, where no Stable Diffusion is."""
+"""Start a network from one that was trained here: from all of its weights, or from the spatial ones, our own step from section 4.1.2."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from t2v.checkpoint.folder import EMA, UNET, CheckpointError, find
 from t2v.models.attention import ZeroLinear
 from t2v.models.convolution import TemporalConv
 from t2v.models.names import is_temporal
+
+
+class AllWeights:
+    """init=checkpoint: the weights of a checkpoint, averaged ones where it has them; optimizer and schedule start anew.
+
+    Raises CheckpointError where they are not this network's.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def __call__(self, unet: nn.Module) -> None:
+        copy_weights(self.path, unet.state_dict())
 
 
 class SpatialWeights:
@@ -24,25 +38,31 @@ class SpatialWeights:
     def __init__(self, path: str | Path, zero_temporal_outputs: bool = True) -> None:
         self.path, self.zero_temporal_outputs = Path(path), zero_temporal_outputs
 
-    @torch.no_grad()
     def __call__(self, unet: nn.Module) -> None:
-        folder = find(self.path)
-        file = folder / (EMA if (folder / EMA).exists() else UNET)
-        own = {name: value for name, value in unet.state_dict().items() if not is_temporal(name)}
-        with safe_open(file, "pt") as stored:
-            shapes = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 (not a mapping)
-            wrong = [name for name, value in own.items() if shapes.get(name) != tuple(value.shape)]
-            if wrong:
-                raise CheckpointError(
-                    f"{file} has other spatial layers: {len(wrong)} of {len(own)} differ (such as {wrong[0]}: {shapes.get(wrong[0])} "
-                    f"there, {tuple(own[wrong[0]].shape)} here). Take the widths that it was trained with"
-                )
-            for name, value in own.items():
-                value.copy_(stored.get_tensor(name))
+        copy_weights(self.path, unet.state_dict(), lambda name: not is_temporal(name), "spatial ")
         if not self.zero_temporal_outputs:
             randomise_temporal_outputs(unet)
 
 
+@torch.no_grad()
+def copy_weights(path: Path, own: dict[str, Tensor], only: Callable[[str], bool] = lambda name: True, kind: str = "") -> None:
+    """Into the network's tensors `own` those of the same names, among those that `only` wants of both sides."""
+    folder = find(path)
+    file = folder / (EMA if (folder / EMA).exists() else UNET)
+    with safe_open(file, "pt") as stored:
+        there = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys() if only(name)}  # noqa: SIM118 (not a mapping)
+        here = {name: tuple(value.shape) for name, value in own.items() if only(name)}
+        wrong = [name for name in {**here, **there} if there.get(name) != here.get(name)]
+        if wrong:
+            raise CheckpointError(
+                f"{file} has other {kind}layers: {len(wrong)} of {len(here)} differ (such as {wrong[0]}: {there.get(wrong[0])} "
+                f"there, {here.get(wrong[0])} here). Take the network that it was trained with"
+            )
+        for name in here:
+            own[name].copy_(stored.get_tensor(name))
+
+
+@torch.no_grad()
 def randomise_temporal_outputs(unet: nn.Module) -> None:
     """Give the zero-initialised outputs (section 4.1.2) the initial values of their class."""
     for module in unet.modules():

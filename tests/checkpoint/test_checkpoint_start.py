@@ -10,7 +10,7 @@ from tiny_model import tiny_card, tiny_unet
 
 from t2v import checkpoint
 from t2v.checkpoint import CheckpointError
-from t2v.checkpoint.start import SpatialWeights
+from t2v.checkpoint.start import AllWeights, SpatialWeights
 from t2v.models.names import is_temporal
 from t2v.models.unet import VideoUNet
 
@@ -57,3 +57,12 @@ def test_without_the_zeros_frames_are_mixed_from_the_start(start: Path) -> None:
 def test_other_widths_are_refused(start: Path) -> None:
     with pytest.raises(CheckpointError, match="has other spatial layers"):
         SpatialWeights(start)(fresh(block_out_channels=[16, 32]))
+
+
+def test_all_weights_of_the_same_network_or_none(start: Path) -> None:
+    images = {"num_temporal_convs": 0, "num_temporal_attentions": 0}
+    unet, trained = fresh(**images), tiny_unet(seed=3, **images)
+    AllWeights(start)(unet)
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in unet.state_dict().items())
+    with pytest.raises(CheckpointError, match="has other layers"):
+        AllWeights(start)(fresh())
