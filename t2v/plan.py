@@ -167,7 +167,8 @@ def shards_of(node: DictConfig) -> list[str]:
 def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro: list[dict[str, int]], found: list[Finding]) -> None:
     from t2v.planning import findings, report
     from t2v.planning.length import Length
-    from t2v.planning.memory import GIB, Layout, by_recomputation, micro_batch_that_fits, size_of
+    from t2v.planning.memory import GIB, Layout, by_recomputation, micro_batch_that_fits
+    from t2v.training.sharding import size_of
 
     parts = build(cfg, found)
     if parts is None:
@@ -285,7 +286,7 @@ def autoencoder_training(cfg: DictConfig, found: list[Finding]) -> None:
     import torch
 
     from t2v.planning import findings
-    from t2v.planning.memory import size_of
+    from t2v.training.sharding import size_of
 
     with torch.device("meta"):
         network = made(cfg.module.autoencoder)

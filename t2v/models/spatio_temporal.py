@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -138,6 +139,13 @@ def temporal_transformer(channels: int, heads: int, settings: BlockSettings) -> 
     return TemporalTransformer(
         channels, heads, s.head_dim, s.norm_groups, s.num_temporal_attentions, s.attention_backend, s.temporal_positions
     )
+
+
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The blocks of all stages in the order in which they run: spatial and temporal convolutions, spatial and temporal attentions."""
+    kinds = ("resnets", "temp_convs", "attentions", "temp_attentions")
+    rows = [zip_longest(*(getattr(stage, kind, ()) for kind in kinds)) for stage in stages_of(module)]
+    return [block for row in rows for blocks in row for block in blocks if block is not None]
 
 
 def stages_of(module: nn.Module) -> list[Any]:

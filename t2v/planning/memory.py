@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from t2v.models.spatio_temporal import CHECKPOINTING, stages_of
+from t2v.models.spatio_temporal import CHECKPOINTING
 from t2v.planning.step import BACKWARD, COPIES, Parts, Step, activations_of, step
+from t2v.training.sharding import gathered_together, size_of
 
 GIB = 2**30
-BLOCKS = ("resnets", "temp_convs", "attentions", "temp_attentions")  # what strategy=fsdp gathers one by one
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,6 @@ class Layout:
         return self.accumulate > 1 or (self.ranks > 1 and not self.sharded)
 
 
-def size_of(module: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
-
-
 def per_gpu(parts: Parts, counted: Step, layout: Layout) -> dict[str, int]:
     """Bytes by part, at the moment of a step when most is alive."""
     weights = size_of(parts.unet)
@@ -48,12 +42,12 @@ def per_gpu(parts: Parts, counted: Step, layout: Layout) -> dict[str, int]:
         "frozen encoders": (size_of(parts.autoencoder.model) + size_of(parts.text_encoder.tower)) // (2 if in_half else 1),
     }
     moment = dict(counted.at_peak)
-    if layout.sharded:  # gradients lie divided; whole, in 16 bits, are the block at work, the next one, and what belongs to none
+    if layout.sharded:  # gradients lie divided; whole, in 16 bits, are the blocks at work, the next ones, and what belongs to none
         moment["gradients"] = own
         moment.pop(COPIES, None)
-        blocks = sorted(size_of(block) for stage in stages_of(parts.unet) for kind in BLOCKS for block in getattr(stage, kind, ()))
-        outside = weights - sum(blocks)
-        found["weights gathered by FSDP"] = (sum(blocks[-2:]) + outside) // 2 + blocks[-1]  # + one block's whole gradients
+        gathered = sorted(sum(map(size_of, blocks)) for blocks in gathered_together(parts.unet))
+        outside = weights - sum(gathered)
+        found["weights gathered by FSDP"] = (sum(gathered[-2:]) + outside) // 2 + gathered[-1]  # + the whole gradients of those at work
     return found | moment
 
 

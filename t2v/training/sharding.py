@@ -13,20 +13,35 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from t2v.checkpoint import Piece
-from t2v.models.spatio_temporal import stages_of
+from t2v.models.spatio_temporal import blocks_of
 
 
 def shard(network: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     """Divide the network's parameters over the mesh, in place.
 
-    Every convolution block and every transformer of a spatio-temporal block is gathered for itself, just before it runs; the network
-    gathers the rest (first and last layer, time embedding, resampling). Float parameters stay what they are between the steps.
+    The convolution blocks and transformers of the spatio-temporal blocks are gathered just before they run, large ones one by one, small
+    ones together with their neighbours; the network gathers the rest (first and last layer, time embedding, resampling). Float parameters
+    stay what they are between the steps.
     """
-    for stage in stages_of(network):
-        for kind in ("resnets", "temp_convs", "attentions", "temp_attentions"):
-            for block in getattr(stage, kind, ()):
-                fully_shard(block, mesh=mesh, mp_policy=policy)
+    for blocks in gathered_together(network):
+        fully_shard(blocks, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
     fully_shard(network, mesh=mesh, mp_policy=policy)
+
+
+def gathered_together(network: nn.Module) -> list[list[nn.Module]]:
+    """The blocks of a spatio-temporal network in the order in which they run, cut into pieces of at most 1.5 times the largest block.
+
+    Small blocks one by one would keep a GPU waiting: the CPU takes milliseconds for each gathering, of whatever size.
+    """
+    blocks = blocks_of(network)
+    limit = 1.5 * max(map(size_of, blocks), default=0)
+    together: list[list[nn.Module]] = []
+    for block in blocks:
+        if together and sum(map(size_of, together[-1])) + size_of(block) <= limit:
+            together[-1].append(block)
+        else:
+            together.append([block])
+    return together
 
 
 @torch.no_grad()
@@ -83,6 +98,11 @@ def take_gradients(parameters: Iterable[nn.Parameter]) -> None:
         whole = getattr(rows, "whole", None)
         if whole is not None and whole.grad is not None:
             rows.grad, whole.grad = whole.grad.to_local(), None
+
+
+def size_of(module: nn.Module) -> int:
+    """Bytes of a whole module, wherever it lies."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def is_sharded(tensor: Any) -> bool:

@@ -12,8 +12,9 @@ from t2v.models.autoencoder import SD_CONFIG, Autoencoder, empty_autoencoder
 from t2v.models.text_encoder import TextEncoder, empty_tower
 from t2v.models.unet import VideoUNet
 from t2v.planning.live_bytes import LiveBytes
-from t2v.planning.memory import Layout, micro_batch_that_fits, per_gpu, size_of
+from t2v.planning.memory import Layout, micro_batch_that_fits, per_gpu
 from t2v.planning.step import COPIES, GRADIENTS, Parts, step
+from t2v.training.sharding import size_of
 
 SMALL_VAE = {**SD_CONFIG, "block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
 CLIPS = {"image": (6, 1, 64, 64), "video": (4, 8, 64, 64)}

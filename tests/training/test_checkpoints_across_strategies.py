@@ -14,22 +14,24 @@ import torch
 from pytorch_lightning import Callback
 from ranks import on_ranks
 from safetensors.torch import load_file
-from small_training import MadeUpData, fit, small_module
+from small_training import MadeUpData, fit, small_module, small_unet
 from tiny_model import read_tiny_parts
 from torch import Tensor
 
 from t2v import checkpoint
 from t2v.checkpoint import CheckpointError, Piece, reserve, write_pieces
+from t2v.models.spatio_temporal import stages_of
 from t2v.models.unet import VideoUNet
 from t2v.pipeline import TextToVideoPipeline
 from t2v.training.callbacks.samples import SampleVideos
 from t2v.training.checkpoints import Checkpoints
 from t2v.training.mixture import JointMixture
 from t2v.training.run import farewell
-from t2v.training.sharding import is_sharded, local, materialise
+from t2v.training.sharding import gathered_together, is_sharded, local, materialise, size_of
 from t2v.training.strategies import FullyShardedStrategy
 
 BATCH = {"image": 3, "video": 3}
+KINDS = ("resnets", "temp_convs", "attentions", "temp_attentions")
 STRATEGIES: dict[str, Any] = {"single": lambda: "auto", "ddp": lambda: "ddp", "fsdp": FullyShardedStrategy}
 
 
@@ -80,6 +82,32 @@ def test_another_strategy_continues(straight: Path, first: tuple[str, int], seco
         assert worst < 1e-10, worst
     sizes = [{path.name: path.stat().st_size for path in folder.glob("*.safetensors")} for folder in (step, checkpoint.latest(straight))]
     assert sizes[0] == sizes[1]
+
+
+def recomputing(folder: Path, which: str) -> list[int]:
+    module = small_module(unet=small_unet(gradient_checkpointing=which))
+    train(folder, "fsdp", 2, 3, module=module)
+    return [len(blocks) for blocks in gathered_together(module.unet)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["attention", "all"])
+def test_blocks_that_are_gathered_together_recompute_one_by_one(straight: Path, which: str, tmp_path: Path) -> None:
+    sizes, _ = on_ranks(recomputing, 2, tmp_path, tmp_path, which)
+    assert max(sizes) > 1
+    expected, found = (tensors(checkpoint.step_folder(folder, 3)) for folder in (straight, tmp_path))
+    assert max(float((expected[name] - found[name]).abs().max()) for name in expected) < 1e-10
+
+
+def test_what_is_gathered_together_is_hardly_larger_than_the_largest_block() -> None:
+    unet = small_unet(block_out_channels=[16, 64], down_block_types=["CrossAttnDownBlock3D"] * 2, up_block_types=["CrossAttnUpBlock3D"] * 2)
+    pieces = gathered_together(unet)
+    blocks = [block for piece in pieces for block in piece]
+    assert len(pieces) < len(blocks) == len(set(blocks))
+    assert sum(map(size_of, blocks)) == sum(size_of(block) for stage in stages_of(unet) for kind in KINDS for block in getattr(stage, kind))
+    assert max(sum(map(size_of, piece)) for piece in pieces) <= 1.5 * max(map(size_of, blocks))
+    first = unet.down_blocks[0]
+    assert blocks[:4] == [first.resnets[0], first.temp_convs[0], first.attentions[0], first.temp_attentions[0]]
 
 
 @pytest.mark.slow
