@@ -209,7 +209,9 @@ class TextToVideoModule(LightningModule):
 
     @cached_property
     def rows(self) -> tuple[list[Tensor], list[Tensor]]:
-        """This rank's rows of the average's parameters and of the network's."""
+        """This rank's rows of the average's parameters and of the network's, looked up after the first step."""
+        stale = [name for name, p in self.unet.named_parameters() if local([p])[0].data_ptr() != self.trained[name].data_ptr()]
+        assert not stale, f"FSDP has moved {len(stale)} parameters after the optimizer was made, such as {stale[0]}"
         return local(self.ema_unet.parameters()), list(self.watched.parameters)
 
     def update_average(self, step: int) -> None:

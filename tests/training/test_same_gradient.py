@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import on_ranks
-from small_training import MadeUpData, fit, small_module
+from small_training import MadeUpData, fit, small_module, small_unet
 from torch import Tensor
 
+from t2v.models.unet import VideoUNet
 from t2v.training.mixture import JointMixture, RankMixture
 from t2v.training.strategies import FullyShardedStrategy
 
@@ -80,3 +82,18 @@ def test_divided_ranks_make_the_update_of_joint_ones(alone: dict[str, Any], stra
     assert all({stream for stream, _ in rank["used"]} == {"video"} for rank in ranks[1:])
     assert_every_sample_once(ranks, BATCH)
     assert_same(alone, ranks[0])
+
+
+def update_on_meta(strategy: str, world: int, folder: Path) -> dict[str, Any]:
+    """As `update`, of a network that gets its memory from configure_model."""
+    config = small_unet().config
+    with torch.device("meta"):
+        unet = VideoUNet(**config).double()
+    return update(strategy, world, 4, folder, module={"unet": unet})
+
+
+def test_rows_that_ranks_do_not_divide_are_trained_too(tmp_path: Path) -> None:
+    """Three ranks: FSDP pads rows and may move them when it first runs, after the optimizer was made."""
+    expected = update_on_meta("single", 1, tmp_path)
+    for rank in on_ranks(update_on_meta, 3, tmp_path, "fsdp", 3, tmp_path):
+        assert_same(expected, rank)
