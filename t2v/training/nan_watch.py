@@ -63,7 +63,7 @@ class NanWatch:
     def settle(self, model: Model) -> None:
         """Read the verdict on the last step that was looked at; its weights are those of the model until then."""
         verdict, self._pending = self._pending, None
-        if verdict is not None and not verdict.is_finite():
+        if verdict is not None and not verdict.finite():
             raise NonFiniteError(f"step {verdict.step}: {explain(model, verdict)}")
 
 
@@ -81,23 +81,20 @@ class Verdict:
     step: int
     micro_batches: list[MicroBatch]
     norms: Tensor  # (parameters,) of this rank's rows of each gradient
-    finite: Callable[[], Tensor]  # the flag, on the CPU
-
-    def is_finite(self) -> bool:
-        return bool(self.finite())
+    finite: Callable[[], bool]
 
 
-def arriving(flag: Tensor) -> Callable[[], Tensor]:
-    """A copy on the CPU, waited for when it is called for."""
+def arriving(flag: Tensor) -> Callable[[], bool]:
+    """The flag as a number on the CPU, waited for when it is called for."""
     if not flag.is_cuda:
-        return lambda: flag
+        return lambda: bool(flag)
     copy = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
 
-    def wait() -> Tensor:
+    def wait() -> bool:
         arrived.synchronize()
-        return copy
+        return bool(copy)
 
     return wait
 

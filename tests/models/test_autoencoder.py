@@ -163,3 +163,12 @@ def test_other_kinds_of_blocks_keep_diffusers_forward_pass() -> None:
     assert not is_supported(other)
     with pytest.raises(ValueError, match="leave it out"):
         Autoencoder(other, channels_last=True)
+
+
+def test_on_a_gpu_small_frames_go_through_together(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    autoencoder = Autoencoder(model)
+    assert autoencoder.frames_per_pass(64 * 64) == 64
+    monkeypatch.setattr(type(autoencoder), "device", torch.device("cuda"))
+    assert [autoencoder.frames_per_pass(size * size) for size in (64, 256, 512, 4096)] == [1024, 64, 16, 1]
+    autoencoder.max_frames_per_pass = 3
+    assert autoencoder.frames_per_pass(64 * 64) == 3
