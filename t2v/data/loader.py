@@ -96,7 +96,6 @@ class ClipLoader:
         timeout: float = 300.0,
         multiprocessing_context: str | None = None,
         prefetch: int = 8,
-        pin_memory: bool = False,
     ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"{stream.name}: rank {rank} does not exist among {world} ranks")
@@ -112,7 +111,7 @@ class ClipLoader:
         self.state = check_state(stream, state)
         local = len(range(rank, stream.readers, world))
         self.num_workers = min(num_workers, local)
-        self.timeout, self.context, self.prefetch, self.pin_memory = timeout, multiprocessing_context, prefetch, pin_memory
+        self.timeout, self.context, self.prefetch = timeout, multiprocessing_context, prefetch
         if multiprocessing_context not in (None, *multiprocessing.get_all_start_methods()):
             known = ", ".join(multiprocessing.get_all_start_methods())
             raise ValueError(f"{stream.name}: no start method {multiprocessing_context!r} here; there are {known}")
@@ -124,7 +123,9 @@ class ClipLoader:
         return Progress(self.stream.readers, self.state, signature=self.stream.signature)
 
     def __iter__(self) -> Iterator[ClipBatch]:
-        items = self._items()
+        return self._batches(self._items())  # workers start now, in this thread, whichever then asks for batches
+
+    def _batches(self, items: Iterator[Item]) -> Iterator[ClipBatch]:
         counts: Counter[tuple[str, str]] = Counter()
         examples: list[dict[str, str]] = []
         begin = int(self.state["samples"])
@@ -142,15 +143,14 @@ class ClipLoader:
                 batch.bad, batch.bad_examples = counts, examples
                 batch.empty_text = self.stream.empty_text if batch.text is not None else None
                 counts, examples = Counter(), []
-                yield batch.pin_memory() if self.pin_memory and clips else batch
+                yield batch
             begin += self.global_batch
 
     def _items(self) -> Iterator[Item]:
         consumed = owned(0, int(self.state["samples"]), self.rank, self.world)
         hosting = Hosting(self.stream, self.rank, self.world, consumed, self.state["cursors"])
         if self.num_workers == 0:
-            yield from hosting.items()
-            return
+            return hosting.items()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
             loader = DataLoader(
@@ -163,10 +163,12 @@ class ClipLoader:
                 timeout=self.timeout,
                 multiprocessing_context=self.context,
             )
-            items = iter(loader)
+            return self._in_turn(iter(loader))
+
+    def _in_turn(self, chunks: Iterator[Chunk]) -> Iterator[Item]:
         with hanging_is_an_error(self.stream.name, self.num_workers, self.timeout):
             while True:  # a chunk of each worker, then their items in turn: the order of one item at a time
-                round_of_chunks = [next(items).unpack() for _ in range(self.num_workers)]
+                round_of_chunks = [next(chunks).unpack() for _ in range(self.num_workers)]
                 for turn in zip_longest(*round_of_chunks):
                     yield from (item for item in turn if item is not None)
 

@@ -32,10 +32,11 @@ def generator_of(*key: SupportsIndex | str) -> torch.Generator:
 
 
 def normal(keys: Sequence[Key], shape: Sequence[int]) -> Tensor:
-    """Standard normal noise for b samples, each from its own generator: (b *shape) float32 on the CPU."""
+    """Standard normal noise for b samples, each from its own seed: (b *shape) float32 on the CPU."""
     noise = torch.empty((len(keys), *shape))
+    generator = torch.Generator()  # seeded anew for each, in a third of the time that a new one takes
     for row, key in zip(noise, keys, strict=True):
-        row.copy_(torch.randn(tuple(shape), generator=generator_of(*key)))
+        row.normal_(generator=generator.manual_seed(seed_of(*key)))
     return noise
 
 

@@ -21,6 +21,7 @@ from t2v.data.progress import Progress
 from t2v.data.readers import ClipStream
 from t2v.models.frozen import Frozen
 from t2v.training.mixture import JointMixture, Role, StepPlan
+from t2v.training.prefetch import Prefetched
 
 
 class StreamDataModule(LightningDataModule):
@@ -47,8 +48,8 @@ class StreamDataModule(LightningDataModule):
         self.progress = Progress(stream.readers, signature=stream.signature)
         self._resume: dict[str, Any] | None = None
 
-    def loader(self, role: Role, accumulate: int) -> ClipLoader | FirstStep:
-        loader = ClipLoader(
+    def loader(self, role: Role, accumulate: int) -> Prefetched | FirstStep:
+        clips = ClipLoader(
             self.stream,
             global_batch=self.batch,
             accumulate=accumulate,
@@ -58,8 +59,8 @@ class StreamDataModule(LightningDataModule):
             state=self._resume,
             timeout=self.timeout,
             multiprocessing_context=self.start_method,
-            pin_memory=torch.cuda.is_available(),  # so that copies to the GPU need not be waited for
         )
+        loader = Prefetched(clips)
         return FirstStep(loader, accumulate) if self.repeat_first_step else loader
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -70,7 +71,7 @@ class StreamDataModule(LightningDataModule):
 class FirstStep:
     """The micro-batches of the loader's first optimizer step, over and over."""
 
-    def __init__(self, loader: ClipLoader, accumulate: int) -> None:
+    def __init__(self, loader: Prefetched, accumulate: int) -> None:
         self.loader, self.accumulate = loader, accumulate
 
     def __iter__(self) -> Iterator[ClipBatch]:

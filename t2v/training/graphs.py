@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from t2v.diffusion.recording import uncached_autocast
 
+RECORDING = threading.Lock()  # held while a graph is recorded, and by other threads while they ask CUDA for memory, which would spoil it
 MOST = 4  # shapes; each keeps its own activations
 
 
@@ -49,7 +51,7 @@ class _Call(nn.Module):
 
 def record(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     examples = tuple(x.detach().clone() for x in inputs)
-    with uncached_autocast(), torch.random.fork_rng([inputs[0].device], device_type="cuda"):
+    with RECORDING, uncached_autocast(), torch.random.fork_rng([inputs[0].device], device_type="cuda"):
         return torch.cuda.make_graphed_callables(_Call(network), examples)
 
 
