@@ -79,7 +79,7 @@ def test_an_error_comes_in_its_turn_with_its_type_and_words() -> None:
     loader = Counting(fails_at=3)
     batches = iter(Prefetched(loader))
     assert [next(batches) for _ in range(3)] == [[0], [1], [2]]
-    with pytest.raises(ValueError, match="^batch 3 is bad$"):
+    with pytest.raises(ValueError, match=r"^batch 3 is bad$"):
         next(batches)
     assert threads() == []
 
@@ -183,7 +183,7 @@ def test_a_training_ends_cleanly_or_with_the_loaders_error(tmp_path: Path, fails
         fit(small_module(), data, tmp_path, steps=3)
         assert data.used == [("video", index) for index in range(6)]
     else:
-        with pytest.raises(ValueError, match="^batch 2 is bad$"):
+        with pytest.raises(ValueError, match=r"^batch 2 is bad$"):
             fit(small_module(), data, tmp_path, steps=3)
         assert data.used == [("video", index) for index in range(2)]  # Lightning itself looks one batch ahead
     assert threads() == []
