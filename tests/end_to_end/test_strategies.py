@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import losses
-from trainings import Trainings
+from trainings import Trainings, losses
 
 from t2v.checkpoint import MARKER, AutoencoderCard, read_card
 

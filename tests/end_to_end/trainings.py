@@ -76,6 +76,18 @@ class Trainings:
         return self.folder / "shapes" / "runs" / run / "checkpoints" / f"step-{step:08}"
 
 
+def losses(run: Path) -> dict[tuple[str, int], float]:
+    """(tag, step) -> loss, from all lives of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # not in every process that is to be killed
+
+    found: dict[tuple[str, int], float] = {}
+    for file in sorted((run / "tensorboard").glob("events*")):
+        events = EventAccumulator(str(file)).Reload()
+        for tag in ("loss/image", "loss/video"):
+            found |= {(tag, event.step): event.value for event in events.Scalars(tag)} if tag in events.Tags()["scalars"] else {}
+    return found
+
+
 PRELOAD = ["t2v.train", "t2v.training.module", "t2v.training.run", "t2v.training.datamodules", "t2v.data.shapes", "t2v.data.webvid"]
 PRELOAD += ["t2v.models.unet", "diffusers.models.autoencoders.autoencoder_kl", "open_clip.transformer", "torch.utils.tensorboard"]
 

@@ -1,0 +1,68 @@
+"""Killed, stopped and continued: the same bits, a checkpoint at every signal, one writer."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+
+import torch
+from safetensors.torch import load_file
+from trainings import Trainings, losses
+
+from t2v.checkpoint import MARKER
+
+
+def test_killed_run_continues_bit_for_bit(trainings: Trainings) -> None:
+    """Straight to step 8, against SIGKILL after step 4 and again: 2 workers, both streams, dropout on, shuffle buffers part used."""
+    same = ("trainer.max_steps=8", "loader.num_workers=2", "callbacks.checkpoints.every_n_steps=4")
+    code, output = trainings.run("run=straight", *same)
+    assert code == 0, output
+    wanted = trainings.checkpoint("killed", 4) / MARKER
+    code, _ = trainings.stop_when(wanted.exists, signal.SIGKILL, "run=killed", *same)
+    assert code == -signal.SIGKILL
+    assert not trainings.checkpoint("killed", 8).exists()
+    code, output = trainings.run("run=killed", *same)
+    assert code == 0, output
+    assert "resume   step 4 " in output
+    for name in ("unet.safetensors", "ema.safetensors"):
+        straight, killed = (load_file(trainings.checkpoint(run, 8) / name) for run in ("straight", "killed"))
+        assert all(torch.equal(straight[key], killed[key]) for key in straight), name
+    runs = trainings.folder / "shapes" / "runs"
+    straight_losses, killed_losses = losses(runs / "straight"), losses(runs / "killed")
+    assert len(straight_losses) == 16
+    assert straight_losses == killed_losses
+    readers = [json.loads((trainings.checkpoint(run, 8) / "data" / "readers.json").read_text()) for run in ("straight", "killed")]
+    assert readers[0] == readers[1]
+
+
+def test_ctrl_c_saves_and_a_second_writer_is_refused(trainings: Trainings) -> None:
+    command = ("run=stopped", "trainer.max_steps=500", "lr_schedule.total_steps=500", "loader.num_workers=0")
+    process = trainings.start(*command, "callbacks.checkpoints.every_n_steps=2")
+    first = trainings.checkpoint("stopped", 2)
+    try:
+        while not first.exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        code, output = trainings.run(*command)
+        assert code == 1
+        assert f"pid {process.pid}" in output.strip().splitlines()[-1]
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGINT, output
+    assert "stopped by SIGINT after step" in output
+    step = int(output.split("after step ")[1].split(";")[0])
+    assert trainings.checkpoint("stopped", step).exists()
+
+
+def test_sigterm_to_the_whole_group_saves_and_continues(trainings: Trainings) -> None:
+    """Data workers hear it too, but go on until the trainer has what it needs to save."""
+    same = ("run=stopped", "trainer.max_steps=400", "loader.num_workers=2", "callbacks.checkpoints.every_n_steps=2")
+    code, output = trainings.stop_when((trainings.checkpoint("stopped", 2) / MARKER).exists, signal.SIGTERM, *same)
+    assert code == 128 + signal.SIGTERM, output
+    assert "stopped by SIGTERM after step" in output
+    assert "Traceback" not in output
+    saved = max(path.parent.name for path in trainings.checkpoint("stopped", 0).parent.glob(f"step-*/{MARKER}"))
+    assert f"stopped by SIGTERM after step {int(saved.removeprefix('step-'))};" in output
