@@ -248,7 +248,8 @@ class TextToVideoModule(LightningModule):
             own_gradients(self.watched.parameters)
 
     def _keys(self, purpose: str, stream: str, clips: ClipBatch) -> list[tuple[Any, ...]]:
-        return [(self.seed, purpose, self.global_step, stream, index) for index in clips.indices]
+        step = self.global_step  # asks five objects: not once a sample
+        return [(self.seed, purpose, step, stream, index) for index in clips.indices]
 
     # -- sampling and saving --------------------------------------------------------------------------------------------------------
 

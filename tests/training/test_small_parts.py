@@ -12,7 +12,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from small_training import MadeUpData, fit, small_module, small_unet
 from torch import nn
 
-from t2v.training.callbacks.training_log import update_to_weight
+from t2v.training.callbacks import training_log
 from t2v.training.datamodules import FirstStep
 from t2v.training.ema import EMA
 from t2v.training.learning_rate import constant, cosine
@@ -70,17 +70,27 @@ def test_nan_watch_names_layer_parameter_and_gradient() -> None:
     assert first_bad_layer(model, lambda: model(x)) == "parameter 2.bias"
 
 
-def test_update_to_weight_is_what_adam_did() -> None:
+@pytest.mark.parametrize("at_once", [1, 60, 1 << 24])
+def test_update_to_weight_is_what_adam_did(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """However many parameters are looked at together."""
+    monkeypatch.setattr(training_log, "AT_ONCE", at_once)
     torch.manual_seed(0)
-    weight = nn.Parameter(torch.randn(50))
-    optimizer = torch.optim.AdamW([{"params": [weight], "name": "all"}], lr=1e-2, weight_decay=0.1)
+    weights = [nn.Parameter(torch.randn(size)) for size in (50, 9, 21)]
+    optimizer = torch.optim.AdamW([{"params": weights, "name": "all"}], lr=1e-2, weight_decay=0.1)
     for _ in range(3):
-        (weight**3).sum().backward()
-        before = weight.detach().clone()
+        torch.stack([(weight**3).sum() for weight in weights]).sum().backward()
+        before = torch.cat(weights).detach()
         optimizer.step()
         optimizer.zero_grad()
-    measured = float((weight.detach() - before).norm() / weight.detach().norm())
-    assert update_to_weight(optimizer, optimizer.param_groups[0]) == pytest.approx(measured, rel=0.02)
+    after = torch.cat(weights).detach()
+    measured = float((after - before).norm() / after.norm())
+    assert training_log.update_to_weight(optimizer, optimizer.param_groups[0]) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(("elements", "parts"), [(1, [[5], [3], [4], [1]]), (8, [[5, 3], [4, 1]]), (99, [[5, 3, 4, 1]])])
+def test_tensors_are_taken_together_within_a_size(elements: int, parts: list[list[int]]) -> None:
+    tensors = [torch.zeros(size) for size in (5, 3, 4, 1)]
+    assert [[len(tensor) for tensor in part] for part in training_log.within(elements, tensors)] == parts
 
 
 def test_temporal_layers_may_learn_at_another_rate() -> None:

@@ -6,6 +6,7 @@ import json
 import resource
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from t2v.training.operations import autoencoder_tflop, ceiling_tflop_per_s, unet
 from t2v.training.sharding import is_sharded, local
 
 QUANTILES = 4
+AT_ONCE = 1 << 24  # elements of parameters that are looked at together: few launches, little memory
 Shapes = tuple[tuple[int, ...], tuple[int, ...], bool]
 """Latents (c f h w) and text (n d) of a sample, and whether the training encodes it."""
 
@@ -171,15 +173,32 @@ def update_to_weight(optimizer: Optimizer, group: dict[str, Any]) -> float:
     beta1, beta2 = group["betas"]
     step = float(optimizer.state[with_state[0]]["step"])
     squares = torch.zeros(2, device=with_state[0].device)
-    for parameter in with_state:
-        state = optimizer.state[parameter]
-        mean, square, weights = local([state["exp_avg"], state["exp_avg_sq"], parameter])
-        direction = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])
-        squares += torch.stack([(direction + group["weight_decay"] * weights).square().sum(), weights.square().sum()])
+    for parameters in within(AT_ONCE, with_state):
+        weights = local(parameters)
+        means, squared = (local([optimizer.state[p][name] for p in parameters]) for name in ("exp_avg", "exp_avg_sq"))
+        deviations = torch._foreach_sqrt(torch._foreach_div(squared, 1 - beta2**step))
+        torch._foreach_add_(deviations, group["eps"])
+        updates = torch._foreach_div(torch._foreach_div(means, 1 - beta1**step), deviations)
+        torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+        squares += torch.stack([torch.stack(torch._foreach_norm(tensors)).square().sum() for tensors in (updates, weights)])
     if is_sharded(with_state[0]):
         dist.all_reduce(squares)
     update, weight = squares.tolist()
     return group["lr"] * (update / weight) ** 0.5 if weight else 0.0
+
+
+def within(elements: int, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in turn, in lists of at most so many elements or of one tensor."""
+    part: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if part and size + tensor.numel() > elements:
+            yield part
+            part, size = [], 0
+        part.append(tensor)
+        size += tensor.numel()
+    if part:
+        yield part
 
 
 def peak_memory_gb(device: torch.device) -> float:
