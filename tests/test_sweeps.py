@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from t2v.sweeps import curves, table
+from t2v.sweeps import comparison, curves, table
 
 
 def job(folder: Path, number: int, overrides: str, **metrics: float) -> dict[str, Any]:
@@ -44,3 +44,23 @@ def test_columns_and_means_over_seeds(tmp_path: Path) -> None:
         "| unet=b | 1 | 0.5 (0.5 to 0.5) | 1 (1 to 1) | - |",
     ]
     assert curves(rows, ["score/sign"]) == {"score/sign": {"unet=a": [(10, 0.3), (20, 0.6)], "unet=b": [(10, 0.5), (20, 1.0)]}}
+
+
+def test_means_are_compared_with_those_of_a_reference(tmp_path: Path) -> None:
+    values = {"plain": (1.0, 2.0, 3.0), "same": (1.0, 2.0, 3.0), "higher": (1.1, 2.3, 3.2), "failed": (0.5, 9.0, 9.0)}
+    rows = [
+        job(tmp_path, 3 * k + seed, f"how={how} seed={seed}", **{"score/all": value, "score/sign": 0.5})
+        for k, (how, of_seed) in enumerate(values.items())
+        for seed, value in enumerate(of_seed)
+    ]
+    for row in rows[-2:]:
+        row["value"] = None
+    lines = comparison(rows, ["score/sign"], "how=plain").splitlines()
+    assert lines[4:8] == [
+        "| how=plain | score/all | 2 | 0.5774 |  |  |  |",
+        "| how=same | score/all | 2 | 0.5774 | 0 | 0 | 0 |",
+        "| how=higher | score/all | 2.2 | 0.6083 | 0.2 | +0.24 | +3.46 |",  # 0.2 / hypot(0.577, 0.608), 0.2 / (0.1 / 3 ** 0.5)
+        "| how=failed | score/all | 0.5 | - | -1.5 | - | - |",
+    ]
+    assert lines[8] == "| how=plain | score/sign | 0.5 | 0 |  |  |  |"
+    assert "No job is how=other" in comparison(rows, [], "how=other")

@@ -43,6 +43,7 @@ from t2v.diffusion.sampling import Sampler
 from t2v.models.autoencoder import SD_CONFIG, Autoencoder, empty_autoencoder
 from t2v.models.convolution import channels_last as lay_out
 from t2v.models.text_encoder import TOKENS, TextEncoder, empty_tower
+from t2v.training.compiling import compile_blocks, require_compilable
 from t2v.training.ema import EMA
 from t2v.training.module import TextToVideoModule
 from t2v.training.operations import autoencoder_tflop, unet_tflop
@@ -128,7 +129,8 @@ def our_step(
     size: int,
 ) -> Callable[[], Tensor]:
     """An optimizer step on one fixed micro-batch: () -> its loss."""
-    backend = backend_for(device, config, attention_backend)
+    backend = backend_for(device, config, attention_backend or ("sdpa" if compile else None))
+    config = {**config, "fused_kernels": config.get("fused_kernels", True) and not compile}
     unet = random_unet(config, device, attention_backend=backend, gradient_checkpointing=gradient_checkpointing)
     if channels_last:
         lay_out(unet)
@@ -148,7 +150,8 @@ def our_step(
     module.to(device)  # where it puts noise and timesteps
     module.unet.train()
     if compile:
-        module.unet.compile(dynamic=False)
+        require_compilable(module.unet, "inductor", cuda_graphs)
+        compile_blocks(module.unet, "inductor")
     if cuda_graphs:
         module.record_network()
     optimizer = module.configure_optimizers()["optimizer"]

@@ -27,6 +27,7 @@ from t2v.models.frozen import Frozen
 from t2v.models.text_encoder import TextEncoder
 from t2v.pipeline import TextToVideoPipeline
 from t2v.training.checkpoints import count_batches, lay_out_like_parameters
+from t2v.training.compiling import compile_blocks, require_compilable, require_compiler
 from t2v.training.ema import EMA
 from t2v.training.graphs import RecordedNetwork, own_gradients, require_recordable
 from t2v.training.mixture import StepPlan
@@ -63,6 +64,7 @@ class TextToVideoModule(LightningModule):
         temporal_lr_factor: float = 1.0,
         seed: int = 0,
         cuda_graphs: bool = False,
+        compile: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout < 1:
@@ -87,6 +89,9 @@ class TextToVideoModule(LightningModule):
         self.cuda_graphs = cuda_graphs
         if cuda_graphs:
             require_recordable(unet)
+        self.compiler = compile  # a backend of torch.compile
+        if compile is not None:
+            require_compilable(unet, compile, cuda_graphs)
         self.recorded: RecordedNetwork | None = None
         self.frozen_in_bfloat16 = False  # weights and all, as t2v.generate runs them, instead of autocast's float32 norms
         self.trained: dict[str, nn.Parameter] = {}  # what the optimizer steps on: the parameters, or this rank's rows of each
@@ -97,6 +102,8 @@ class TextToVideoModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device  # the module itself is moved later
+        if self.compiler is not None:
+            require_compiler(self.compiler, device)
         self.frozen_in_bfloat16 = device.type == "cuda" and self.trainer.precision_plugin.precision == "bf16-mixed"
         self.frozen.to(device, torch.bfloat16 if self.frozen_in_bfloat16 else None)
         self.trainer.datamodule.check(self.frozen)  # type: ignore[attr-defined]
@@ -110,6 +117,8 @@ class TextToVideoModule(LightningModule):
             materialise(self.unet, strategy.root_device, self.seed)
             torch.manual_seed(self.seed)  # what it draws is the same on every rank
             self.init(self.unet)
+        if self.compiler is not None:
+            compile_blocks(self.unet, self.compiler)  # not the average: every way to sample has a shape of its own
         if isinstance(strategy, FullyShardedStrategy):
             for network in (self.unet, self.ema_unet):
                 strategy.shard(network)

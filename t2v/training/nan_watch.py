@@ -136,7 +136,7 @@ def first_bad_layer(model: nn.Module, forward: Callable[[], Any]) -> str:
 
     handles: list[RemovableHandle] = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # compiled blocks do not call the hooks of their layers
             forward()
     finally:
         for handle in handles:

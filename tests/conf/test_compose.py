@@ -73,7 +73,7 @@ GROUPS = [
     for option in names(group)
 ] + [
     (group, option)
-    for group in ("timesteps", "lr_schedule", "trainer", "strategy", "callbacks", "logger", "debug", "sweep", "paths")
+    for group in ("timesteps", "lr_schedule", "trainer", "strategy", "callbacks", "logger", "debug", "sweep", "training_path", "paths")
     for option in names(group)
 ]
 

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t2v.configuration import config_dir
 
-EXPERIMENT = {"guidance": "shapes", "seeds": "shapes", "claim1": "shapes_gpu", "images": "shapes_gpu"}  # the others: shapes_motion
+EXPERIMENT = {"guidance": "shapes", "seeds": "shapes", "claim1": "shapes_gpu", "images": "shapes_gpu", "paths": "shapes_gpu"}
+"""The others: shapes_motion."""
 SWEEPS = sorted(path.stem for path in (config_dir() / "sweep").glob("*.yaml"))
 OF_COMPUTE = ("motion", "motion_convolution", "motion_attention", "motion_positions", "motion_frames")
 
@@ -39,9 +40,9 @@ def test_jobs_differ_in_what_is_compared(sweep: str) -> None:
     resolved = []
     for overrides in itertools.islice(jobs(sweep), 6):
         cfg = composed(*overrides)
-        assert cfg.metric.split("/")[0] in cfg.callbacks
         columns = composed(*overrides, hydra=True).hydra.callbacks.sweep_table.columns
-        assert all(column.split("/")[0] in {*cfg.callbacks, "val"} for column in columns)
+        measured = {*(name for name, node in cfg.callbacks.items() if node is not None), "val", "loss"}
+        assert all(name.split("/")[0] in measured for name in (cfg.metric, *columns))
         resolved.append(OmegaConf.to_yaml(cfg))
     assert len(set(resolved)) == len(resolved) > 1
 
@@ -50,6 +51,32 @@ def test_a_sweep_s_settings_win_over_its_experiment_s() -> None:
     cfg = composed(*next(jobs("claim3")))
     assert (cfg.trainer.max_steps, cfg.callbacks.score.every_n_steps) == (400, 50)
     assert composed(*next(jobs("claim1"))).callbacks.samples is None
+
+
+def test_a_loss_is_the_mean_of_the_last_fifty_steps_and_the_paths_are_what_they_say() -> None:
+    of_path = {}
+    for overrides in jobs("paths"):
+        cfg = composed(*overrides)
+        assert cfg.trainer.max_steps % cfg.callbacks.training_log.every_n_steps == 0
+        assert cfg.callbacks.training_log.every_n_steps == 50
+        of_path[overrides[2]] = cfg
+    computed = {
+        path.removeprefix("training_path="): (
+            cfg.unet.attention_backend,
+            cfg.unet.fused_kernels,
+            cfg.unet.gradient_checkpointing,
+            cfg.module.cuda_graphs,
+            cfg.module.compile,
+        )
+        for path, cfg in of_path.items()
+    }
+    assert sorted(computed) == sorted(path.stem for path in (config_dir() / "training_path").glob("*.yaml"))
+    plain = computed["plain"]
+    assert plain == ("sdpa", False, "none", False, None)
+    differences = {path: sum(a != b for a, b in zip(values, plain)) for path, values in computed.items()}
+    assert differences == dict.fromkeys(computed, 1) | {"plain": 0, "elementwise": 2, "together": 3}
+    fastest = composed("experiment=shapes_gpu", "trainer=gpu")
+    assert computed["together"][:2] == (fastest.unet.attention_backend, fastest.unet.fused_kernels)
 
 
 def test_claim_2_compares_equal_compute() -> None:

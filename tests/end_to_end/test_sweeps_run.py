@@ -24,6 +24,7 @@ TWO = {  # the first two jobs of each sweep
     "images": ("shapes_gpu", "mixture.image_weight=0,0.125"),
     "guidance": ("shapes", "sampler.guidance.scale=1,9"),
     "seeds": ("shapes", "seed=0,1"),
+    "paths": ("shapes_gpu", "training_path=plain,all seed=0"),
 }
 TINY = (
     "data.video.urls={_target_: t2v.data.shapes.shards, root: '${paths.data}/shapes', media: video, count: 32}",
@@ -58,11 +59,21 @@ def test_two_jobs_end_in_their_table(trainings: Trainings, sweep: str) -> None:
         code, output = trainings.run(*spatial, "callbacks.score=null", base=(f"experiment={experiment}", *base[1:]))
         assert code == 0, output
         base = (*base, f"init.path={trainings.folder / experiment / 'runs' / 'start'}")
+    if sweep == "paths":
+        base = (
+            f"experiment={experiment}",
+            *(part for part in TINY if "callbacks" not in part),
+            IMAGES,
+            "callbacks.training_log.every_n_steps=2",
+        )
     if sweep == "claim2":  # one of them as the records do it: all jobs at once
         base = (*base, "hydra/launcher=side_by_side", "hydra.launcher.gpus_per_node=0")
     code, output = trainings.run("-m", f"sweep={sweep}", *jobs.split(), base=base)
     assert code == 0, output
     assert len(re.findall(r"^\| [01] \| ", output, re.MULTILINE)) == 2, output
+    if sweep == "paths":  # losses, and no scores over time
+        assert re.search(r"^\| training_path=all \| loss/video \| [\d.]+ \| - \| \S+ \| [-0] \| [-0] \|$", output, re.MULTILINE), output
+        return
     drawn = re.search(r"^curves   (.*)$", output, re.MULTILINE)
     assert drawn, output
     assert Path(drawn[1]).read_text().count("<polyline") >= (1 if sweep == "seeds" else 2)  # seeds are drawn as their mean
