@@ -12,6 +12,7 @@ import logging
 import math
 import multiprocessing
 import signal
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from t2v.data.workers import end_with_parent, hanging_is_an_error
 
 log = logging.getLogger(__name__)
 NOTHING = torch.empty(0)
+LOOK = 5.0  # seconds of waiting after which it is asked whether the workers live
 EXAMPLES = 20  # bad samples that a batch names; the rest are only counted
 
 
@@ -160,7 +162,7 @@ class ClipLoader:
                 collate_fn=as_it_is,
                 worker_init_fn=start_worker,
                 prefetch_factor=self.prefetch,
-                timeout=self.timeout,
+                timeout=min(self.timeout, LOOK),
                 multiprocessing_context=self.context,
             )
             return self._in_turn(iter(loader))
@@ -168,9 +170,19 @@ class ClipLoader:
     def _in_turn(self, chunks: Iterator[Chunk]) -> Iterator[Item]:
         with hanging_is_an_error(self.stream.name, self.num_workers, self.timeout):
             while True:  # a chunk of each worker, then their items in turn: the order of one item at a time
-                round_of_chunks = [next(chunks).unpack() for _ in range(self.num_workers)]
+                round_of_chunks = [self._wait_for(chunks).unpack() for _ in range(self.num_workers)]
                 for turn in zip_longest(*round_of_chunks):
                     yield from (item for item in turn if item is not None)
+
+    def _wait_for(self, chunks: Iterator[Chunk]) -> Chunk:
+        """The next chunk. DataLoader asks whether its workers live only where a wait ends, so each is short."""
+        began = time.monotonic()
+        while True:
+            try:
+                return next(chunks)
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error) or time.monotonic() - began >= self.timeout:
+                    raise
 
     def _say_order(self, asked: int) -> None:
         stream, hosts = self.stream, self.world * max(1, self.num_workers)

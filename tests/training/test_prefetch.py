@@ -17,6 +17,7 @@ import torch
 from small_training import MadeUpData, fit, small_module
 
 from t2v.batch import ClipBatch
+from t2v.data import loader as data_loader
 from t2v.data.laion import laion
 from t2v.data.loader import ClipLoader
 from t2v.data.progress import Progress
@@ -161,6 +162,29 @@ def test_the_same_batches_and_an_exact_resume_from_what_was_consumed(images: lis
     assert again == end
     assert threads() == []
     assert eventually(lambda: not multiprocessing.active_children())
+
+
+class Sleeping:
+    shape = (1, 4, 4, 3)
+
+    def __call__(self, *_: Any) -> Any:
+        time.sleep(600)
+
+
+def test_dead_workers_are_an_error_soon_though_samples_may_take_long(images: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread, too, gives up waiting for them, long before `timeout`."""
+    monkeypatch.setattr(data_loader, "LOOK", 0.5)
+    stream = laion(images, size=4, num_readers=4)
+    stream.frames = Sleeping()  # type: ignore[assignment]
+    batches = iter(Prefetched(ClipLoader(stream, global_batch=4, num_workers=2, timeout=300)))
+    for worker in multiprocessing.active_children():
+        threading.Timer(0.5, worker.kill).start()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
+        next(batches)
+    del batches
+    assert time.monotonic() - began < 60
+    assert threads() == []
 
 
 class Failing(MadeUpData):
