@@ -64,7 +64,8 @@ def sample(
     best = ceilings(place)
     rows: list[Row] = [{"what": "ceiling", **best}] if best else []
     latents = (4, frames, size, size)
-    a_step = 2 * unet_tflop(config, latents, (TOKENS, config.get("cross_attention_dim", 1024)))
+    text = (TOKENS, config.get("cross_attention_dim", 1024))
+    a_step = {"t2v": unet_tflop(config, latents, text, texts=2), "diffusers": 2 * unet_tflop(config, latents, text)}
     decoding = autoencoder_tflop(kl_config(None, place), latents)[1]
     shape = (frames, size)
     networks: dict[str, Callable[[], Any]] = {"t2v": partial(our_pipeline, config, place, shape, attention_backend, cuda_graph, compile)}
@@ -78,7 +79,7 @@ def sample(
                 known = {"network": name, "compiled": compile if name == "t2v" else compile_peer}
                 known |= {"sampler": scheduler, "steps": count, "prompts": batch}
                 call = partial(pipeline, Sampler(scheduler, count), batch)
-                measure = partial(measured, call, place, batch, count * a_step + decoding, best, limits)
+                measure = partial(measured, call, place, batch, count * a_step[name] + decoding, best, limits)
                 rows.append(attempt(known, measure, may_fail=name != "t2v"))
         if name == "t2v":
             short = partial(pipeline, Sampler(num_steps=2), prompts[-1])

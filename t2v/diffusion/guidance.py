@@ -32,11 +32,10 @@ class ClassifierFreeGuidance:
         """text (b n d), empty_text (n d), (1 n d) or (b n d). The network is fed in the text's dtype."""
         if self.scale == 1:
             return lambda z, t: unet(z.to(text.dtype), t, text)
-        both = torch.cat([empty_text.to(text).expand_as(text), text])  # (2b n d): one pass over the network for both halves
+        both = torch.cat([empty_text.to(text).expand_as(text), text])  # (2b n d): one pass over the network, two texts for each clip
 
         def denoise(z: Tensor, t: Tensor) -> Tensor:
-            z = z.to(both.dtype)
-            unconditional, conditional = unet(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+            unconditional, conditional = unet(z.to(both.dtype), t, both).chunk(2)
             return unconditional + self.scale * (conditional - unconditional)
 
         return denoise

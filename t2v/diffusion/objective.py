@@ -11,7 +11,8 @@ from torch import Tensor
 from t2v.diffusion.schedule import NoiseSchedule
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A network: (Z_t (b c f h w), t (b,), text (b n d)) -> predicted noise (b c f h w), or whatever `NoiseSchedule.prediction` says. Eq. 4."""
+"""A network: (Z_t (b c f h w), t (b,), text (b n d)) -> predicted noise (b c f h w), or whatever `NoiseSchedule.prediction` says. Eq. 4.
+With text (2b n d), as guidance asks, each clip is denoised for two texts, clip i's in the rows i and b + i of text and result."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2v.models.convolution import GroupNorm
+from t2v.models.convolution import GroupNorm, once_per_text
 from t2v.models.kernels import Fusable
 from t2v.models.kernels.geglu import fused_geglu
 from t2v.models.kernels.layer_norm import fused_add_layer_norm
@@ -224,6 +224,7 @@ class SpatialTransformerLayer(nn.Module):
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         x, y = self.norm1.add(x)
         x, y = self.norm2.add(x, *self.attn1(y))
+        x, y = once_per_text(x, len(text)), once_per_text(y, len(text))
         x, y = self.norm3.add(x, *self.attn2(y, text))
         return self.ff(x, y)
 
@@ -249,7 +250,7 @@ class TemporalTransformerLayer(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """The N_3 = 2 spatial attentions of Figure 3, one to the frame and one to the text: (b f h w c), (b n d) -> (b f h w c)."""
+    """The N_3 = 2 spatial attentions of Figure 3, one to the frame and one to the text: (b f h w c), (k b n d) -> (k b f h w c)."""
 
     def __init__(self, channels: int, heads: int, head_dim: int, text_width: int, groups: int, backend: str):
         super().__init__()
@@ -263,7 +264,7 @@ class SpatialTransformer(nn.Module):
         tokens = self.proj_in(y).flatten(2, 3)  # (b f (h w) d)
         for layer in self.transformer_blocks:
             tokens = layer(tokens, text)
-        return self.proj_out.add(x, tokens)
+        return self.proj_out.add(once_per_text(x, len(text)), tokens)
 
 
 class TemporalTransformer(nn.Module):

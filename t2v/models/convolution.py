@@ -135,6 +135,11 @@ class TemporalConv(nn.Conv3d):
         return y.permute(0, 2, 3, 1).reshape(b, f, h, w, c)
 
 
+def once_per_text(x: Tensor, rows: int) -> Tensor:
+    """(b ...) -> (rows ...): all clips again for each of their texts, where they are not so already."""
+    return x if len(x) == rows else x.expand(rows // len(x), *x.shape).flatten(0, 1)
+
+
 def channels_last(network: nn.Module) -> None:
     """Lay the weights of convolutions out as the tokens lie, in place: else a GPU converts them, and their gradients, in every step."""
     for module in network.modules():
@@ -159,9 +164,9 @@ class SpatialConvBlock(Fusable):
         self.scale = scale
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """`time` (b d): the timestep's embedding after its SiLU, one per clip."""
+        """`time` (b d): the timestep's embedding after its SiLU, one per clip; or (k b d) where the clips still stand for k texts each."""
         dropout = self.dropout if self.training else 0.0
-        shift = self.time_emb_proj(time)  # (b o)
+        shift = self.time_emb_proj(time[: len(x)])  # (b o)
         h, x = self.norm1.beside(x)
         if self.fused(x):  # the second norm adds embedding and bias where it reads
             h, shift = self.conv1(h, with_bias=False), shift + self.conv1.bias

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from t2v.models.attention import SpatialTransformer, TemporalTransformer
-from t2v.models.convolution import Downsample, SpatialConvBlock, TemporalConvBlock, Upsample
+from t2v.models.convolution import Downsample, SpatialConvBlock, TemporalConvBlock, Upsample, once_per_text
 
 CHECKPOINTING = ("none", "elementwise", "attention", "all")
 
@@ -127,7 +127,7 @@ class UpStage(SpatioTemporalStage):
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, text: Tensor) -> Tensor:
         """`skips` is used up from its end; the one that then is last gives the size to upsample to."""
         for j in range(len(self.resnets)):
-            x = torch.cat([x, skips.pop()], dim=-1)  # (b f h w c+skip)
+            x = torch.cat([x, once_per_text(skips.pop(), len(x))], dim=-1)  # (b f h w c+skip)
             x = self.spatio_temporal_block(j, x, time, text)
         if self.upsamplers is not None:
             x = self.upsamplers[0](x, (skips[-1].shape[2], skips[-1].shape[3]))

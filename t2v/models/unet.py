@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t2v.models.attention import check_backend
-from t2v.models.convolution import GroupNorm, SpatialConv
+from t2v.models.convolution import GroupNorm, SpatialConv, once_per_text
 from t2v.models.kernels import Fusable, recomputed
 from t2v.models.spatio_temporal import CHECKPOINTING, BlockSettings, DownStage, MidStage, UpStage, run, stages_of, temporal_transformer
 from t2v.models.timestep import TimestepEmbedding
@@ -121,7 +121,11 @@ class VideoUNet(nn.Module):
                 module.fused_kernels = fused_kernels
 
     def forward(self, sample: Tensor, timestep: Tensor | float, encoder_hidden_states: Tensor) -> Tensor:
-        """sample (b c f h w), timestep (b,) or one for all, encoder_hidden_states (b n d) -> predicted noise (b c f h w)."""
+        """sample (b c f h w), timestep (b,) or one for all, encoder_hidden_states (b n d) -> predicted noise (b c f h w).
+
+        With k texts for each clip (k b n d), clip i's in the rows i, b + i, ..., the result is (k b c f h w); what comes before the
+        first text attention, much of the dearest resolution, is then computed once (for the halves of guidance).
+        """
         self.check_inputs(sample, encoder_hidden_states)
         with recomputed(self.gradient_checkpointing == "elementwise" and torch.is_grad_enabled()):
             return self.predict(sample, timestep, encoder_hidden_states)
@@ -129,6 +133,7 @@ class VideoUNet(nn.Module):
     def predict(self, sample: Tensor, timestep: Tensor | float, text: Tensor) -> Tensor:
         timestep = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
         time = F.silu(self.time_embedding(timestep))  # (b d); every block starts by this SiLU, so it is done once
+        time = once_per_text(time, len(text))
         x = self.conv_in(sample.permute(0, 2, 3, 4, 1))  # (b f h w c)
         if self.transformer_in is not None:
             x = run(self.transformer_in, self.gradient_checkpointing, x)
@@ -140,7 +145,7 @@ class VideoUNet(nn.Module):
         for stage in self.up_blocks:
             x = stage(x, skips, time, text)
         x = self.conv_out(self.conv_norm_out(x))
-        return x.permute(0, 4, 1, 2, 3)  # (b c f h w)
+        return once_per_text(x.permute(0, 4, 1, 2, 3), len(text))  # (k b c f h w)
 
     @property
     def gradient_checkpointing(self) -> str:
@@ -167,8 +172,9 @@ class VideoUNet(nn.Module):
                 f"encoder_hidden_states must be (b n {width}), cross_attention_dim={width}, but its shape is {tuple(text.shape)}; "
                 f"use a text encoder of width {width} or build VideoUNet(cross_attention_dim={text.shape[-1]})"
             )
-        if text.shape[0] != sample.shape[0]:
-            raise ValueError(f"{text.shape[0]} texts for {sample.shape[0]} videos: give one text per video")
+        videos, texts = sample.shape[0], text.shape[0]
+        if texts != videos and (min(videos, texts) == 0 or texts % videos):
+            raise ValueError(f"{texts} texts for {videos} videos: give one text per video, or equally many for each")
 
 
 def plain(value: Any) -> Any:

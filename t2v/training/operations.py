@@ -21,11 +21,12 @@ def tflop(call: Callable[[], Any]) -> float:
     return counter.get_total_flops() / 1e12
 
 
-def unet_tflop(config: Mapping[str, Any], latents: Sequence[int], text: Sequence[int]) -> float:
-    """Of the network's forward pass on one clip of latents (c f h w) and its text (n d). Its backward pass is twice that."""
+def unet_tflop(config: Mapping[str, Any], latents: Sequence[int], text: Sequence[int], texts: int = 1) -> float:
+    """Of the network's forward pass on one clip of latents (c f h w) and so many texts (n d), two in guidance. Its backward pass is twice
+    that."""
     with torch.device("meta"):
         unet = VideoUNet(**{**config, "attention_backend": "sdpa"}).eval()
-        sample, words = torch.empty(1, *latents), torch.empty(1, *text)
+        sample, words = torch.empty(1, *latents), torch.empty(texts, *text)
         return tflop(lambda: unet(sample, torch.zeros(1, dtype=torch.long), words))
 
 

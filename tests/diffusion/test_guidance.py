@@ -7,11 +7,12 @@ from t2v.diffusion.guidance import ClassifierFreeGuidance
 
 class Network:
     def __init__(self) -> None:
-        self.batches: list[int] = []
+        self.batches: list[tuple[int, int]] = []
 
     def __call__(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        assert len(z) == len(t) == len(text)
-        self.batches.append(len(z))
+        assert len(z) == len(t)
+        self.batches.append((len(z), len(text)))
+        z, t = (x.repeat(len(text) // len(x), *[1] * (x.ndim - 1)) for x in (z, t))
         return z * 0.1 + text.mean(dim=(1, 2)).view(-1, 1, 1, 1, 1) + t.view(-1, 1, 1, 1, 1)
 
 
@@ -20,7 +21,7 @@ def test_both_halves_in_one_batch(empty_shape: tuple[int, ...]) -> None:
     network, text, empty = Network(), torch.randn(2, 5, 8), torch.randn(empty_shape)
     z, t = torch.randn(2, 4, 3, 2, 2), torch.tensor([7, 9])
     result = ClassifierFreeGuidance(9.0)(network, text, empty)(z, t)
-    assert network.batches == [4]
+    assert network.batches == [(2, 4)]
     conditional, unconditional = network(z, t, text), network(z, t, empty.expand(2, 5, 8))
     torch.testing.assert_close(result, unconditional + 9 * (conditional - unconditional))
 
@@ -29,7 +30,7 @@ def test_scale_one_skips_the_unconditional_half() -> None:
     network, text = Network(), torch.randn(2, 5, 8)
     z, t = torch.randn(2, 4, 3, 2, 2), torch.tensor([7, 9])
     result = ClassifierFreeGuidance(1.0)(network, text, torch.randn(5, 8))(z, t)
-    assert network.batches == [2]
+    assert network.batches == [(2, 2)]
     assert torch.equal(result, network(z, t, text))
 
 
@@ -38,7 +39,7 @@ def test_the_network_is_fed_in_the_texts_type() -> None:
 
     def network(z: Tensor, t: Tensor, text: Tensor) -> Tensor:
         types.extend([z.dtype, text.dtype])
-        return z
+        return z.expand(len(text), -1, -1, -1, -1)
 
     for scale in (1.0, 3.0):
         ClassifierFreeGuidance(scale)(network, torch.zeros(1, 2, 2, dtype=torch.bfloat16), torch.zeros(2, 2))(

@@ -20,6 +20,7 @@ class Network(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
         self.calls += 1
+        z, t = (x.repeat(len(text) // len(x), *[1] * (x.ndim - 1)) for x in (z, t))
         return self.scale * z + t.view(-1, 1, 1, 1, 1) / 1000 + text.mean(dim=(1, 2)).view(-1, 1, 1, 1, 1)
 
 

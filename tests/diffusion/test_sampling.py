@@ -23,6 +23,7 @@ class Network(torch.nn.Module):
             self.mix = torch.nn.Conv3d(4, 4, 3, padding=1)
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        z, t = (x.repeat(len(text) // len(x), *[1] * (x.ndim - 1)) for x in (z, t))
         shift = text.mean(dim=(1, 2)) + (t / 1000).sin()
         return torch.tanh(self.mix(z) + shift.view(-1, 1, 1, 1, 1)) + 0.5 * z
 

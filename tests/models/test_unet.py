@@ -55,6 +55,25 @@ def test_equals_diffusers_in_double_precision_with_gradients(config: dict, shape
         assert (x - y).abs().max() <= 1e-11 * scale, name
 
 
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (2, 1, 8, 8), (2, 3, 9, 7)])
+@pytest.mark.parametrize("first", ["CrossAttnDownBlock3D", "DownBlock3D"])
+def test_two_texts_for_each_clip_are_two_passes_with_gradients(first: str, shape: tuple[int, ...]) -> None:
+    unet, _ = pair({**TWO_LEVELS, "down_block_types": [first, "DownBlock3D"]})
+    sample, timestep, text = inputs(*shape)
+    both = torch.cat([text, text.flip(1)])
+    upstream = torch.randn(len(both), *sample.shape[1:], generator=torch.Generator().manual_seed(1), dtype=sample.dtype)
+    apart = unet(torch.cat([sample, sample]), torch.cat([timestep, timestep]), both)
+    rows: list[int] = []
+    unet.conv_in.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    together = unet(sample, timestep, both)
+    assert rows == [len(sample)]  # the clips alone
+    assert (together - apart).abs().max() <= 1e-12 * apart.abs().max()
+    parameters = list(unet.parameters())
+    grads = [torch.autograd.grad(x, parameters, upstream) for x in (apart, together)]
+    scale = max(g.abs().max() for g in grads[0])
+    assert all((x - y).abs().max() <= 1e-11 * scale for x, y in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_diffusers_in_single_precision(shape: tuple[int, ...]) -> None:
     ours, theirs = pair(TWO_LEVELS, torch.float32)
@@ -230,6 +249,8 @@ def test_bad_inputs_are_refused_with_both_numbers() -> None:
         ((sample[:, :, :0], timestep, text), ["0", "1"]),
         ((sample, timestep, text[..., :10]), ["24", "10"]),
         ((sample, timestep, text[:1]), ["1 texts", "2 videos"]),
+        ((sample, timestep, torch.cat([text, text[:1]])), ["3 texts", "2 videos"]),
+        ((sample, timestep, text[:0]), ["0 texts", "2 videos"]),
         ((sample[0], timestep, text), ["(4, 2, 8, 8)"]),
     ):
         with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
