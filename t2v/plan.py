@@ -246,6 +246,7 @@ def build(cfg: DictConfig, found: list[Finding]) -> Parts | None:
     found += problems
     if problems:
         return None
+    found += findings.attempt(lambda: ways_to_run(built[0], cfg), "the last words of the message")
     autoencoder = find("autoencoder", cfg.autoencoder.source, "autoencoder.source=FOLDER, or T2V_WEIGHTS in the environment")
     text_file: Any = None
     if type_name(cfg.text_encoder) == "pretrained":
@@ -269,6 +270,17 @@ def build(cfg: DictConfig, found: list[Finding]) -> Parts | None:
             found.append(findings.Finding(f"{key} is {ours}, but the frozen encoder gives {theirs}", f"{key}={theirs}"))
             return None
     return parts
+
+
+def ways_to_run(unet: Any, cfg: DictConfig) -> None:
+    """Raises ValueError where the network cannot be recorded or compiled as the configuration asks for."""
+    from t2v.training.compiling import require_compilable
+    from t2v.training.graphs import require_recordable
+
+    if cfg.module.cuda_graphs:
+        require_recordable(unet)
+    if cfg.module.compile is not None:
+        require_compilable(unet, cfg.module.compile, cfg.module.cuda_graphs)
 
 
 def moments_of(optimizer: DictConfig) -> int:

@@ -106,6 +106,7 @@ def test_plan_of_a_wrong_set_up(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         "mixture=rank",
         "trainer.devices=1",
         "data.video.size=250",
+        "module.compile=inductor",
         f"paths.experiments={tmp_path / 'file' / 'x'}",
         f"paths.laion='{tmp_path}/{{00000..00009}}.tar'",
         f"paths.webvid={tmp_path / 'nowhere'}",
@@ -123,6 +124,7 @@ def test_plan_of_a_wrong_set_up(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         "mend: text_encoder.path=FILE",
         "mend: init.path=FOLDER",
         "mend: data.video.size=248",
+        "set unet.fused_kernels=false",
         "mend: paths.experiments=FOLDER",
     ):
         assert words in printed, (words, printed)
