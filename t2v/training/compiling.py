@@ -20,10 +20,11 @@ SHAPES_OF_A_KIND = 256
 def compile_blocks(network: Any, backend: str) -> None:
     """In place, before the network is divided between ranks. Names of modules and weights do not change. The code is made when a block
     first sees a shape; what cannot be compiled whole raises an error then."""
-    import torch._dynamo.config as limits
+    import torch._dynamo.config as settings
 
-    limits.recompile_limit = max(limits.recompile_limit, SHAPES_OF_A_KIND)
-    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * SHAPES_OF_A_KIND)
+    settings.recompile_limit = max(settings.recompile_limit, SHAPES_OF_A_KIND)
+    settings.accumulated_recompile_limit = max(settings.accumulated_recompile_limit, 4 * SHAPES_OF_A_KIND)
+    settings.optimize_ddp = False  # it would cut code where DDP's buckets end; blocks are small enough to exchange gradients in between
     blocks: list[nn.Module] = [network.transformer_in] if network.transformer_in is not None else []
     for block in (*blocks, *blocks_of(network)):
         # not block.compile(), which takes the hooks that gather and release weights (FSDP2) into the compiled code
