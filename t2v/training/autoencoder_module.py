@@ -45,12 +45,19 @@ class AutoencoderModule(LightningModule):
         window: int = 0,
         window_steps: int = 0,
         faint: float = 0.01,
+        latent_noise: float = 0.0,
+        sharpness: float = 0.0,
         start: str | None = None,
+        decoder_only: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if kl_weight < 0:
             raise ValueError(f"module.kl_weight is {kl_weight}: it is the weight of the KL term per latent value, at least 0")
+        if latent_noise < 0 or sharpness < 0:
+            raise ValueError(f"module.latent_noise is {latent_noise} and module.sharpness {sharpness}: both are at least 0")
+        if decoder_only and start is None:
+            raise ValueError("module.decoder_only=true keeps the encoder of module.start=FOLDER, which is not given")
         self.factor = 2 ** (len(autoencoder.config["block_out_channels"]) - 1)  # pixels per latent pixel
         if window_steps and (window < self.factor or window % self.factor):
             raise ValueError(f"module.window is {window}: the autoencoder's factor {self.factor} must divide it, unless window_steps is 0")
@@ -58,7 +65,13 @@ class AutoencoderModule(LightningModule):
         if start is None:
             self.initialise(initial_log_variance)
         else:
-            self.autoencoder.load_state_dict(AutoencoderKL.from_pretrained(start).float().state_dict())
+            earlier = AutoencoderKL.from_pretrained(start).float()
+            self.autoencoder.load_state_dict(earlier.state_dict())
+            self.autoencoder.register_to_config(scaling_factor=earlier.config["scaling_factor"])
+        if decoder_only:  # latents stay what they are: whatever was trained on them goes on to fit
+            for part in (self.autoencoder.encoder, self.autoencoder.quant_conv):
+                part.requires_grad_(False)
+        self.decoder_only = decoder_only
         self.average = copy.deepcopy(self.autoencoder).eval().requires_grad_(False)
         self.make_optimizer = optimizer
         self.lr_schedule = lr_schedule
@@ -67,6 +80,8 @@ class AutoencoderModule(LightningModule):
         self.window = window  # pixels; for the first `window_steps` steps only the busiest window of each frame is learned from
         self.window_steps = window_steps
         self.faint = faint  # variance (on a scale of -1..1) below which a frame's errors weigh fully
+        self.latent_noise = latent_noise  # standard deviation, in units of that of the batch's latents
+        self.sharpness = sharpness  # weight of errors of the differences between neighbouring pixels, i.e. of outlines
         self.seed = seed
 
     @torch.no_grad()
@@ -79,7 +94,7 @@ class AutoencoderModule(LightningModule):
                     parameter.zero_()
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.autoencoder.parameters())
+        optimizer = self.make_optimizer(p for p in self.autoencoder.parameters() if p.requires_grad)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.lr_schedule), "interval": "step"}}
 
     @property
@@ -89,9 +104,13 @@ class AutoencoderModule(LightningModule):
     def losses(self, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (b c h w) in [-1, 1], noise like the latents -> reconstruction and KL terms, each (b,)."""
         posterior = self.autoencoder.encode(frames).latent_dist
-        difference = self.autoencoder.decode(posterior.mean + posterior.std * noise).sample - frames
+        # a generated latent is never exact: what the decoder must tell apart has to lie further apart than this noise
+        spread = (posterior.var + (self.latent_noise * posterior.mean.detach().std()).square()).sqrt()
+        difference = self.autoencoder.decode(posterior.mean + spread * noise).sample - frames
         # mostly squared: an absolute error is content with the background where a small shape may or may not be
         error = (difference.square() + 0.1 * difference.abs()).mean((1, 2, 3))
+        for axis in (2, 3):
+            error = error + self.sharpness * difference.diff(dim=axis).square().mean((1, 2, 3))
         contrast = frames.flatten(2).var(2).mean(1)  # otherwise faint shapes, such as teal on gray, would not be worth their corners
         reconstruction = error * self.faint / (contrast + self.faint)
         return reconstruction, posterior.kl() / noise[0].numel()
@@ -135,7 +154,7 @@ class AutoencoderModule(LightningModule):
 
 class AutoencoderScore(Callback):
     """At the end: what the average is worth on held-out frames, and <run>/autoencoder: a diffusers folder in half precision, its
-    scaling_factor the measured 1 / (standard deviation of the latents)."""
+    scaling_factor the measured 1 / (standard deviation of the latents); that of `start` where only the decoder was trained."""
 
     def __init__(self, clips: int = 96, images: int = 512, frames: int = 16, fps: float = 3.0, size: int = 64, seed: int = 1) -> None:
         self.clips, self.images, self.frames, self.fps, self.size, self.seed = clips, images, frames, fps, size, seed
@@ -145,7 +164,8 @@ class AutoencoderScore(Callback):
         stored = copy.deepcopy(module.average).half()  # what is kept is what is measured
         model = copy.deepcopy(stored).float()
         report = measure(model, clips=self.clips, images=self.images, frames=self.frames, fps=self.fps, size=self.size, seed=self.seed)
-        stored.register_to_config(scaling_factor=round(1 / report["latent_std"], 4))
+        if not module.decoder_only:
+            stored.register_to_config(scaling_factor=round(1 / report["latent_std"], 4))
         if trainer.is_global_zero:
             stored.save_pretrained(Path(trainer.default_root_dir) / "autoencoder")
             (Path(trainer.default_root_dir) / "autoencoder_score.json").write_text(json.dumps(report, indent=1) + "\n")

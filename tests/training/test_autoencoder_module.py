@@ -117,6 +117,47 @@ def test_the_same_error_weighs_more_in_a_faint_frame() -> None:
     assert reconstruction[0] > 2 * reconstruction[1]
 
 
+def test_a_wrong_outline_weighs_more_than_the_same_error_spread_out() -> None:
+    module = tiny_module(sharpness=2.0)
+    frames = torch.zeros(2, 3, 64, 64)
+    answer = torch.stack([torch.full((3, 64, 64), 0.5), 0.5 * (torch.arange(64) % 2 * 2.0 - 1).expand(3, 64, 64)])  # flat; columns in turns
+    module.autoencoder.decode = lambda _: SimpleNamespace(sample=answer)
+    flat, striped = module.losses(frames, torch.zeros(2, 4, 8, 8))[0].tolist()
+    assert flat == pytest.approx(0.25 + 0.05)
+    assert striped == pytest.approx(0.25 + 0.05 + 2 * 1.0)  # neighbours in a row differ by 1, in a column by 0
+
+
+def test_noise_on_the_latents_is_of_their_own_size() -> None:
+    module, seen = tiny_module(latent_noise=0.5), []
+    module.autoencoder.decode = lambda latents: (seen.append(latents), SimpleNamespace(sample=frames))[1]
+    frames = torch.randn(3, 3, 64, 64).clamp(-1, 1)
+    posterior = module.autoencoder.encode(frames).latent_dist
+    for noise in (torch.zeros_like(posterior.mean), torch.ones_like(posterior.mean)):
+        module.losses(frames, noise)
+    spread = (posterior.var + 0.25 * posterior.mean.var()).sqrt()
+    assert torch.allclose(seen[1] - seen[0], spread, atol=1e-5)
+    assert (spread > 1.5 * posterior.std).any()
+    with pytest.raises(ValueError, match="latent_noise is -1.0 and module.sharpness 0.0"):
+        tiny_module(latent_noise=-1.0)
+
+
+def test_the_decoder_alone_learns_and_latents_keep_their_scale(data: MixtureDataModule, tmp_path: Path) -> None:
+    first = tiny_module().autoencoder
+    first.register_to_config(scaling_factor=0.7)
+    first.save_pretrained(tmp_path / "first")
+    module = tiny_module(start=str(tmp_path / "first"), decoder_only=True)
+    trainer = fit(module, data, 2, tmp_path)
+    AutoencoderScore(clips=6, images=4, frames=2).evaluate(trainer, module)
+    second = AutoencoderKL.from_pretrained(tmp_path / "autoencoder").float()
+    assert second.config["scaling_factor"] == 0.7
+    frames = torch.randn(2, 3, 64, 64)
+    half = AutoencoderKL.from_pretrained(tmp_path / "first").half().float()  # what is kept is in half precision
+    assert torch.equal(second.encode(frames).latent_dist.parameters, half.encode(frames).latent_dist.parameters)
+    assert not torch.equal(second.decoder.conv_out.weight, half.decoder.conv_out.weight)
+    with pytest.raises(ValueError, match="module.start"):
+        tiny_module(decoder_only=True)
+
+
 def test_it_goes_on_from_a_folder(tmp_path: Path) -> None:
     first = tiny_module()
     torch.nn.init.normal_(first.autoencoder.decoder.conv_in.weight)
@@ -188,9 +229,7 @@ def test_the_shipped_autoencoder_meets_its_figures_on_fresh_frames(shipped: Auto
     for deck in ("clips", "clips_of_image_only", "images"):
         assert report[f"psnr_{deck}"] >= 34, report
         assert report[f"checker_{deck}_original"] >= 0.99, report
-    assert report["checker_clips_reconstructed"] >= 0.99 * report["checker_clips_original"], report
-    # Crosses and stars as bright as the gray behind them lose their corners: experiments/shapes_autoencoder/README.md
-    assert report["checker_images_reconstructed"] >= 0.93 * report["checker_images_original"], report
+        assert report[f"checker_{deck}_reconstructed"] >= 0.99 * report[f"checker_{deck}_original"], report
     assert shipped.scaling_factor * report["latent_std"] == pytest.approx(1, abs=0.05)
     assert abs(report["latent_mean"]) * shipped.scaling_factor < 0.5
 
