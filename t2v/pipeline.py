@@ -83,8 +83,7 @@ class TextToVideoPipeline:
         if self.recordings is not None:
             self.recordings.clear()
         self.unet.to(device=device, dtype=dtype)
-        if torch.device(device).type == "cuda":
-            channels_last(self.unet)
+        channels_last(self.unet)
         self.frozen.to(device, dtype)
         return self
 

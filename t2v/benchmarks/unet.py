@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from t2v.benchmarks.parity import SMALL, build
 from t2v.benchmarks.random_parts import peer_config
+from t2v.models.convolution import channels_last
 
 Row = dict[str, Any]
 
@@ -36,6 +37,7 @@ def unet(
         torch.set_num_threads(threads)
     config = SMALL if config is None else config
     ours = build(device, config, seed=0).train()
+    channels_last(ours)  # as in training
     peer_class: Any = diffusers.UNet3DConditionModel
     theirs = peer_class(**peer_config(config)).to(device).train()
     theirs.load_state_dict(ours.state_dict())

@@ -21,8 +21,10 @@ from t2v.models.kernels.geglu import fused_geglu
 from t2v.models.kernels.layer_norm import fused_add_layer_norm
 from t2v.models.kernels.residual import fused_residual_sum
 from t2v.models.kernels.temporal_attention import temporal_attention
+from t2v.models.pointwise import joinable, linear_gelu, linear_plus, linear_times
 from t2v.models.timestep import sinusoid
 
+VECTOR = 16  # float32 numbers that a CPU with AVX-512 computes at once
 MAX_GRID = 65_535  # CUDA's limit for the second and third grid dimension, where attention kernels put batches and heads
 
 BACKENDS = ("sdpa", "xformers", "triton")
@@ -46,7 +48,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
     """softmax(q k^T / sqrt(d)) v for q (b m h d), k and v (b n h d), any strides -> (b m h d)."""
     if backend == "xformers":
         return attend_by_xformers(q, k, v)
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    mask = None
+    if on_a_plain_cpu(q) and k.shape[1] > VECTOR and k.shape[1] % VECTOR:  # its kernel takes half the time for 80 words as for 77
+        beyond = -k.shape[1] % VECTOR
+        mask = F.pad(q.new_zeros(1, k.shape[1]), (0, beyond), value=-torch.inf)
+        k, v = (F.pad(x, (0, 0, 0, 0, 0, beyond)) for x in (k, v))
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+
+
+def on_a_plain_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def attend_by_xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -149,10 +160,24 @@ class TemporalAttention(Attention):
 
 def over_frames(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     """Attention of every pixel over the frames: (b f n h d) each -> (b f n h d)."""
+    if on_a_plain_cpu(q) and backend == "sdpa" and q.shape[1] <= VECTOR // 2:
+        return over_few_frames(q, k, v)
     step = max(1, MAX_GRID // q.shape[3])
     parts = zip(q.split(step, 2), k.split(step, 2), v.split(step, 2), strict=True)
     found = [attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), backend).view(q.shape) for q, k, v in parts]
     return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+
+def over_few_frames(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same with the frames of several pixels as one sequence, in which each sees its own pixel only: a CPU's kernel takes its time for
+    each sequence, and for eight keys as long as for 16."""
+    b, f, n, h, d = q.shape
+    pixels = max(m for m in range(1, VECTOR // f + 1) if n % m == 0)
+    q, k, v = (x.transpose(1, 2).reshape(b * n // pixels, pixels * f, h, d).transpose(1, 2) for x in (q, k, v))
+    pixel = torch.arange(pixels, device=q.device).repeat_interleave(f)
+    mask = q.new_zeros(pixels * f, pixels * f).masked_fill(pixel[:, None] != pixel, -torch.inf)
+    y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+    return y.reshape(b, n, f, h, d).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -179,6 +204,8 @@ class GEGLU(Fusable):
         if self.fused(x):
             return fused_geglu(F.linear(x, self.proj.weight), self.proj.bias)
         weight, bias = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+        if joinable(x):
+            return linear_times(x, weight[0], bias[0], linear_gelu(x, weight[1], bias[1]))
         return F.linear(x, weight[0], bias[0]) * F.gelu(F.linear(x, weight[1], bias[1]))
 
 
@@ -199,6 +226,8 @@ class OutLinear(nn.Linear, Fusable):
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """x + linear(y), where y may have other axes before its last."""
+        if joinable(x):
+            return linear_plus(y.view(*x.shape[:-1], -1), self.weight, self.bias, x)
         return fused_residual_sum(x, F.linear(y, self.weight).view(x.shape), self.bias) if self.fused(x) else x + self(y).view(x.shape)
 
 

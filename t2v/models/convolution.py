@@ -45,11 +45,12 @@ class GroupNorm(nn.GroupNorm, Fusable):
         y = y.permute(0, 3, 1, 2)
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             y = y.float() if torch.is_autocast_enabled("cpu") else y
-            y = GroupNormOnCPU.apply(y, self.weight, self.bias, self.num_groups, self.eps)
+            norm = GroupNormOnCPU.apply if torch.is_grad_enabled() else F.group_norm
+            y = norm(y, self.num_groups, self.weight, self.bias, self.eps)
         else:
             y = F.group_norm(y, self.num_groups, self.weight, self.bias, self.eps)
         y = y.permute(0, 2, 3, 1).reshape(b, f, h, w, c)
-        y = F.silu(y) if self.silu else y
+        y = F.silu(y, inplace=not torch.is_grad_enabled()) if self.silu else y
         return (drop(y, dropout) if dropout > 0 else y), x
 
 
@@ -60,7 +61,7 @@ class GroupNormOnCPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         ctx.sizes = *x.shape[:2], x.shape[2] * x.shape[3], groups
         y, mean, inverse = torch.ops.aten.native_group_norm(x, weight, bias, *ctx.sizes, eps)
@@ -71,7 +72,8 @@ class GroupNormOnCPU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad = grad.contiguous(memory_format=torch.channels_last)
-        return *torch.ops.aten.native_group_norm_backward(grad, *ctx.saved_tensors, *ctx.sizes, [True, True, True]), None, None
+        dx, dw, db = torch.ops.aten.native_group_norm_backward(grad, *ctx.saved_tensors, *ctx.sizes, [True, True, True])
+        return dx, None, dw, db, None
 
 
 def drop(x: Tensor, p: float) -> Tensor:
@@ -141,7 +143,7 @@ def once_per_text(x: Tensor, rows: int) -> Tensor:
 
 
 def channels_last(network: nn.Module) -> None:
-    """Lay the weights of convolutions out as the tokens lie, in place: else a GPU converts them, and their gradients, in every step."""
+    """Lay the weights of convolutions out as the tokens lie, in place: else they, and their gradients, are converted in every step."""
     for module in network.modules():
         if isinstance(module, SpatialConv):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)

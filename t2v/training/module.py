@@ -127,7 +127,7 @@ class TextToVideoModule(LightningModule):
                 materialise(self.unet, strategy.root_device, self.seed)
             self.ema_unet.to_empty(device=strategy.root_device)
             self.ema.start(self.ema_unet, self.unet)
-        if strategy.root_device.type == "cuda" and not isinstance(strategy, FullyShardedStrategy):
+        if not isinstance(strategy, FullyShardedStrategy):
             for network in (self.unet, self.ema_unet):
                 channels_last(network)
 

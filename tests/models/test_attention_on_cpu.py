@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from t2v.models.attention import attend, over_few_frames, over_frames
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of (b m h d), (b n h d)."""
+    scores = torch.einsum("bmhd,bnhd->bhmn", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bhmn,bnhd->bmhd", scores.softmax(-1), v)
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape))).requires_grad_()
+
+
+def same(a: Tensor, b: Tensor, leaves: list[Tensor]) -> None:
+    grad = torch.randn(a.shape, dtype=a.dtype, generator=torch.Generator().manual_seed(1))
+    for x, y in zip((a, *torch.autograd.grad(a, leaves, grad)), (b, *torch.autograd.grad(b, leaves, grad)), strict=True):
+        assert (x - y).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("words", [5, 16, 17, 77, 80])
+def test_any_number_of_keys_is_attention_with_gradients(words: int) -> None:
+    q, k, v = tokens(2, 9, 3, 8), tokens(2, words, 3, 8), tokens(2, words, 3, 8) * 2
+    leaves = [q, k]
+    same(attend(q, k, v), plain(q, k, v), leaves)
+
+
+@pytest.mark.parametrize(("f", "n"), [(2, 6), (3, 7), (5, 6), (8, 4), (8, 1)])
+def test_few_frames_of_several_pixels_at_once_are_each_pixels_own(f: int, n: int) -> None:
+    q, k, v = (tokens(2, f, n, 3, 8) * scale for scale in (1.0, 1.5, 2.0))
+    ours = over_few_frames(q, k, v)
+    same(ours, plain(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))).unflatten(0, (2, n)).transpose(1, 2), [q, k, v])
+    assert torch.equal(ours, over_frames(q, k, v, "sdpa"))
+
+
+def test_other_backends_are_not_replaced() -> None:
+    with pytest.raises(ValueError, match="xformers"):
+        over_frames(*[tokens(1, 2, 4, 1, 8)] * 3, "xformers")
