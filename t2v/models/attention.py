@@ -44,12 +44,13 @@ def check_backend(backend: str, head_dim: int) -> None:
         raise ValueError(f"attention_backend={backend!r} needs the {backend} package, which is not installed: use 'sdpa'")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for q (b m h d), k and v (b n h d), any strides -> (b m h d)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa", mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + mask) v for q (b m h d), k and v (b n h d), any strides -> (b m h d). The mask (m n) is sdpa's alone."""
     if backend == "xformers":
         return attend_by_xformers(q, k, v)
-    mask = None
-    if on_a_plain_cpu(q) and k.shape[1] > VECTOR and k.shape[1] % VECTOR:  # its kernel takes half the time for 80 words as for 77
+    if (
+        mask is None and on_a_plain_cpu(q) and k.shape[1] > VECTOR and k.shape[1] % VECTOR
+    ):  # its kernel takes half the time for 80 words as for 77
         beyond = -k.shape[1] % VECTOR
         mask = F.pad(q.new_zeros(1, k.shape[1]), (0, beyond), value=-torch.inf)
         k, v = (F.pad(x, (0, 0, 0, 0, 0, beyond)) for x in (k, v))
@@ -141,6 +142,8 @@ class TemporalAttention(Attention):
             y, bias = self.out(self.to_v(x))
             zero = self.untouched(x)
             return (y + zero, None) if bias is None else (y, bias + zero)
+        if f <= VECTOR // 2 and self.backend == "sdpa" and on_a_plain_cpu(x):
+            return self.attend_over_few_frames(x)
         return self.out(self.attend_over_frames(x).reshape(b, f, n, -1))
 
     def attend_over_frames(self, x: Tensor) -> Tensor:
@@ -149,6 +152,17 @@ class TemporalAttention(Attention):
             return temporal_attention(self.project_at_once(x, "qkv"))
         q, k, v = self.project(x, "qkv")
         return over_frames(q, k, v, self.backend)
+
+    def attend_over_few_frames(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """All of it, (b f n d) -> (b f n d), with the frames of several pixels as one sequence, in which each sees its own pixel only:
+        a CPU's kernel takes its time for each sequence, and for eight keys as long as for 16."""
+        b, f, n, d = x.shape
+        pixels = max(m for m in range(1, VECTOR // f + 1) if n % m == 0)
+        pixel = torch.arange(pixels, device=x.device).repeat_interleave(f)
+        q, k, v = self.project(x.transpose(1, 2).reshape(-1, pixels * f, d), "qkv")  # (b*n/pixels pixels*f h d)
+        others = q.new_zeros(pixels * f, pixels * f).masked_fill(pixel[:, None] != pixel, -torch.inf)
+        y, bias = self.out(attend(q, k, v, mask=others).flatten(2))
+        return y.view(b, n, f, d).transpose(1, 2), bias
 
     def untouched(self, x: Tensor) -> Tensor:
         """An exact zero through the projections of queries and keys, which one frame does not need: their gradients are 0, not None."""
@@ -160,24 +174,10 @@ class TemporalAttention(Attention):
 
 def over_frames(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     """Attention of every pixel over the frames: (b f n h d) each -> (b f n h d)."""
-    if on_a_plain_cpu(q) and backend == "sdpa" and q.shape[1] <= VECTOR // 2:
-        return over_few_frames(q, k, v)
     step = max(1, MAX_GRID // q.shape[3])
     parts = zip(q.split(step, 2), k.split(step, 2), v.split(step, 2), strict=True)
     found = [attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), backend).view(q.shape) for q, k, v in parts]
     return found[0] if len(found) == 1 else torch.cat(found, 2)
-
-
-def over_few_frames(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same with the frames of several pixels as one sequence, in which each sees its own pixel only: a CPU's kernel takes its time for
-    each sequence, and for eight keys as long as for 16."""
-    b, f, n, h, d = q.shape
-    pixels = max(m for m in range(1, VECTOR // f + 1) if n % m == 0)
-    q, k, v = (x.transpose(1, 2).reshape(b * n // pixels, pixels * f, h, d).transpose(1, 2) for x in (q, k, v))
-    pixel = torch.arange(pixels, device=q.device).repeat_interleave(f)
-    mask = q.new_zeros(pixels * f, pixels * f).masked_fill(pixel[:, None] != pixel, -torch.inf)
-    y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
-    return y.reshape(b, n, f, h, d).transpose(1, 2)
 
 
 class FeedForward(nn.Module):

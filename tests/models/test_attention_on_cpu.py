@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from t2v.models.attention import attend, over_few_frames, over_frames
+from t2v.models.attention import TemporalAttention, attend
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -31,13 +31,17 @@ def test_any_number_of_keys_is_attention_with_gradients(words: int) -> None:
 
 
 @pytest.mark.parametrize(("f", "n"), [(2, 6), (3, 7), (5, 6), (8, 4), (8, 1)])
-def test_few_frames_of_several_pixels_at_once_are_each_pixels_own(f: int, n: int) -> None:
-    q, k, v = (tokens(2, f, n, 3, 8) * scale for scale in (1.0, 1.5, 2.0))
-    ours = over_few_frames(q, k, v)
-    same(ours, plain(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))).unflatten(0, (2, n)).transpose(1, 2), [q, k, v])
-    assert torch.equal(ours, over_frames(q, k, v, "sdpa"))
+def test_few_frames_of_several_pixels_at_once_are_each_pixels_own(f: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, x = TemporalAttention(24, 3, 8).double(), tokens(2, f, n, 24)
+    leaves = [x, *attention.parameters()]
+    together, _ = attention(x)
+    monkeypatch.setattr("t2v.models.attention.on_a_plain_cpu", lambda x: False)
+    monkeypatch.setattr(attention, "attend_over_few_frames", None)  # not taken now
+    apart, _ = attention(x)
+    same(together, apart, leaves)
 
 
 def test_other_backends_are_not_replaced() -> None:
+    attention = TemporalAttention(24, 3, 8, backend="xformers").double()
     with pytest.raises(ValueError, match="xformers"):
-        over_frames(*[tokens(1, 2, 4, 1, 8)] * 3, "xformers")
+        attention(tokens(1, 2, 4, 24))
