@@ -60,7 +60,7 @@ class StreamDataModule(LightningDataModule):
             timeout=self.timeout,
             multiprocessing_context=self.start_method,
         )
-        loader = Prefetched(clips)
+        loader = Prefetched(clips, ahead=torch.cuda.is_available())
         return FirstStep(loader, accumulate) if self.repeat_first_step else loader
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -137,7 +137,7 @@ def test_noise_on_the_latents_is_of_their_own_size() -> None:
     spread = (posterior.var + 0.25 * posterior.mean.var()).sqrt()
     assert torch.allclose(seen[1] - seen[0], spread, atol=1e-5)
     assert (spread > 1.5 * posterior.std).any()
-    with pytest.raises(ValueError, match="latent_noise is -1.0 and module.sharpness 0.0"):
+    with pytest.raises(ValueError, match="latent_noise is -1"):
         tiny_module(latent_noise=-1.0)
 
 
@@ -154,7 +154,7 @@ def test_the_decoder_alone_learns_and_latents_keep_their_scale(data: MixtureData
     half = AutoencoderKL.from_pretrained(tmp_path / "first").half().float()  # what is kept is in half precision
     assert torch.equal(second.encode(frames).latent_dist.parameters, half.encode(frames).latent_dist.parameters)
     assert not torch.equal(second.decoder.conv_out.weight, half.decoder.conv_out.weight)
-    with pytest.raises(ValueError, match="module.start"):
+    with pytest.raises(ValueError, match="keeps the encoder"):
         tiny_module(decoder_only=True)
 
 

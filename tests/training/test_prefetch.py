@@ -85,9 +85,10 @@ def test_an_error_comes_in_its_turn_with_its_type_and_words() -> None:
     assert threads() == []
 
 
-def test_without_workers_there_is_no_thread() -> None:
-    loader = Counting(num_workers=0)
-    batches = iter(Prefetched(loader))
+@pytest.mark.parametrize(("workers", "ahead"), [(0, True), (2, False)])
+def test_without_workers_or_without_being_asked_there_is_no_thread(workers: int, ahead: bool) -> None:
+    loader = Counting(num_workers=workers)
+    batches = iter(Prefetched(loader, ahead))
     assert [next(batches), next(batches)] == [[0], [1]]
     assert loader.made == 2
     assert loader.threads == {threading.current_thread().name}
