@@ -54,7 +54,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa", mask: Tensor 
         beyond = -k.shape[1] % VECTOR
         mask = F.pad(q.new_zeros(1, k.shape[1]), (0, beyond), value=-torch.inf)
         k, v = (F.pad(x, (0, 0, 0, 0, 0, beyond)) for x in (k, v))
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask).transpose(1, 2)
 
 
 def on_a_plain_cpu(x: Tensor) -> bool:
