@@ -119,7 +119,7 @@ def measure_folder(cfg: DictConfig, evaluator: Evaluator) -> Any:
 
     evaluator.write_manifest()  # first, since it says which videos are expected
     folder = VideoFolder(Path(cfg.videos), evaluator.manifest, evaluator.protocol, cfg.take, cfg.fit)
-    details = {"videos": str(Path(cfg.videos).resolve()), "take": cfg.take, "fit": cfg.fit}
+    details = {"videos": str(Path(cfg.videos).resolve()), "take": cfg.take, "fit": cfg.fit, "files": folder.sha256()}
     return evaluator.of_folder(folder, cfg.subject or Path(cfg.videos).resolve().name, details)
 
 
@@ -134,6 +134,9 @@ def measure_model(cfg: DictConfig, evaluator: Evaluator, place: str | Path) -> A
         "scheduler": sampler.scheduler,
         "steps": sampler.num_steps,
         "guidance": sampler.guidance.scale,
+        "spacing": sampler.spacing,
+        "autoencoder": cfg.autoencoder,
+        "text_encoder": cfg.text_encoder,
         "seed": evaluator.protocol.seed,
         "dtype": str(next(pipeline.unet.parameters()).dtype),
     }
@@ -141,17 +144,18 @@ def measure_model(cfg: DictConfig, evaluator: Evaluator, place: str | Path) -> A
 
 
 def identity(place: str | Path) -> str:
-    """Names the weights, wherever they lie: a checkpoint's marker (sizes and hashes), or names and sizes of the files of a folder."""
+    """Names the weights, wherever they lie: a checkpoint's marker (sizes and hashes), or names and hashes of the files of a folder."""
     import hashlib
 
     from t2v import checkpoint
+    from t2v.weights import sha256
 
     path = Path(str(place).partition(":")[2] or str(place)).expanduser()
     if ":" not in str(place):
         marker = checkpoint.find(path) / checkpoint.MARKER
         return hashlib.sha256(marker.read_bytes()).hexdigest()[:16]
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in WEIGHT_SUFFIXES)
-    listing = "\n".join(f"{file.relative_to(path)}:{file.stat().st_size}" for file in files)
+    listing = "\n".join(f"{file.relative_to(path)}:{sha256(file)}" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
 

@@ -132,6 +132,9 @@ class TextToVideoPipeline:
                 generators=[generator_of("step", seed, index) for index in indices[rows]],
                 on_step=on_step and (lambda done, of, before=first // batch_size: on_step(before * of + done, total)),  # type: ignore[misc]
             )
+            broken = [indices[first + row] for row, fine in enumerate(latents.isfinite().flatten(1).all(1).tolist()) if not fine]
+            if broken:  # as pixels they would be black
+                raise ValueError(f"the model gave NaN or infinity for prompts {broken}: its weights are broken, or too large for {dtype}")
             videos.append(self.frozen.autoencoder.decode(latents).cpu())  # Eq. 2: (b f h w c)
         return videos[0][0] if isinstance(prompts, str) else torch.cat(videos)
 

@@ -141,3 +141,15 @@ def test_presets_are_the_papers() -> None:
     assert presets["videoldm_2990"].num_videos == 2990
     assert presets["videopoet_30fps"].fps == 30
     assert presets["quick"].num_videos == 256
+
+
+def test_weights_are_named_by_content_not_by_size(tmp_path: Path) -> None:
+    from t2v.evaluate import identity
+
+    for name, content in (("a", b"one"), ("b", b"two")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "unet.safetensors").write_bytes(content)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "unet.safetensors").write_bytes(b"one")
+    a, b, c = (identity(f"diffusers:{tmp_path / name}") for name in "abc")
+    assert a == c != b

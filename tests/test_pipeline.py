@@ -103,6 +103,14 @@ def test_global_random_state_is_left_alone(pipeline: TextToVideoPipeline) -> Non
     assert torch.equal(pipeline(PROMPTS[0]), first)
 
 
+def test_nan_is_an_error_and_no_black_video(pipeline: TextToVideoPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = torch.zeros(2, 4, 4, 4, 6)
+    broken[1, 0, 0, 0, 0] = torch.nan
+    monkeypatch.setattr(Sampler, "sample", lambda *_, **__: broken)
+    with pytest.raises(ValueError, match=r"NaN or infinity for prompts \[8\]"):
+        pipeline(PROMPTS[:2], indices=[7, 8])
+
+
 def test_progress_counts_over_batches(pipeline: TextToVideoPipeline) -> None:
     seen: list[tuple[int, int]] = []
     pipeline(PROMPTS[:3], batch_size=2, height=16, width=16, num_frames=1, on_step=lambda done, of: seen.append((done, of)))

@@ -32,7 +32,7 @@ PUBLISHED: dict[str, dict[str, tuple[float, str]]] = {  # MSR-VTT, zero-shot; (v
     "MagicVideo": {"fvd": (1290, "")},
     "NUWA": {"fid_vid": (47.68, NETWORK_UNKNOWN), "clipsim": (0.2439, "")},
 }
-COLUMNS = {"fid_vid": "FID-vid", "fvd": "FVD", "clipsim": "CLIPSIM"}
+COLUMNS = {"fid_vid": "FID-vid (its network in brackets)", "fvd": "FVD", "clipsim": "CLIPSIM"}
 
 
 class NotComparable(ValueError):
@@ -85,8 +85,16 @@ def compare(results: Sequence[Results]) -> str:
                 "Measure all subjects with one protocol, one data set and one set of weights."
             )
     names = list(dict.fromkeys(score.name for result in results for score in result.scores))
-    rows = [[result.subject, *(_cell(result, name) for name in names)] for result in results]
+    rows = [[_marked(result), *(_cell(result, name) for name in names)] for result in results]
     return markdown(["", *names], rows)
+
+
+def _marked(result: Results) -> str:
+    """The subject, with what sets its numbers apart though they may stand in one table."""
+    chosen = [f"{key}={result.details[key]}" for key in ("take", "fit") if result.details.get(key, "error") != "error"]
+    lossy = ["lossy"] if result.details.get("lossless") is False else []
+    marks = [*(f"unverified {name}" for name in result.unverified), *lossy, *chosen]
+    return f"{result.subject} ({', '.join(marks)})" if marks else result.subject
 
 
 def _cell(result: Results, name: str) -> str:

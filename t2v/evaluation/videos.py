@@ -6,6 +6,7 @@ what was generated before it. H.264 previews never feed a metric.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from torch import Tensor
 from t2v.evaluation.features import Videos, in_threads
 from t2v.evaluation.protocol import Dataset, Manifest, Protocol, Row, replace_file
 from t2v.video import BadSample, decode_clip
+from t2v.weights import sha256
 
 Generate = Callable[[list[str], list[int]], Tensor]
 """(captions, noise seeds) -> uint8 (b f h w c). One seed gives one noise, whatever is in the batch beside it."""
@@ -125,6 +127,10 @@ class VideoFolder:
             )
         self.paths = [path for path in found if path is not None]
         self.lossless = all(path.suffix.lower() == ".png" for path in self.paths)
+
+    def sha256(self) -> str:
+        """Names the content of all videos, so that the features of earlier ones are not taken for theirs."""
+        return hashlib.sha256("\n".join(f"{path.name}:{sha256(path)}" for path in self.paths).encode()).hexdigest()
 
     def videos(self) -> Videos:
         return in_threads(self.load)

@@ -115,7 +115,10 @@ def verify(name: str, path: Path) -> Found:
     if name == "i3d":
         if clip.is_torchscript(path):
             raise WeightsError(f"{path} is TorchScript, which is code, and not the published one (sha256 {value}): it is not opened.")
-        wrong = i3d_weights.wrong_checksums(i3d_weights.read(path))
+        try:
+            wrong = i3d_weights.wrong_checksums(i3d_weights.read(path))
+        except ValueError as error:
+            raise WeightsError(f"{path}: {error}") from error
         if not wrong:
             return Found(name, path, value, True, "CRC-32C of all 230 tensors as in DeepMind's module", spec.licence)
         return Found(name, path, value, False, f"{len(wrong)} of 230 tensors are not DeepMind's", spec.licence)

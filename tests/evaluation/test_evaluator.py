@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,14 @@ class TestForeignVideos:
         with pytest.raises(ValueError, match="take='last'"):
             VideoFolder(large, run.manifest, run.protocol, take="last")
 
+    def test_other_videos_in_the_same_folder_are_not_measured_as_the_earlier_ones(self, msrvtt: MsrVtt, tmp_path: Path) -> None:
+        run = evaluator(msrvtt, tmp_path / "a")
+        folder = VideoFolder(self.folder(run, tmp_path / "peer", ".mp4"), run.manifest, run.protocol)
+        before = folder.sha256()
+        first, second = folder.paths[:2]
+        first.write_bytes(second.read_bytes())
+        assert VideoFolder(tmp_path / "peer", run.manifest, run.protocol).sha256() != before
+
     def test_a_broken_file_is_an_error(self, msrvtt: MsrVtt, tmp_path: Path) -> None:
         run = evaluator(msrvtt, tmp_path / "a")
         folder = self.folder(run, tmp_path / "peer", ".mp4")
@@ -188,6 +197,8 @@ class TestRefuses:
         assert fewer is not None
         assert weights is not None
         assert compare([one, two]).count("\n") == 3
+        doubtful = replace(two, unverified=("i3d",), details={"lossless": False, "take": "uniform", "fit": "error"})
+        assert "| two (unverified i3d, lossy, take=uniform) |" in compare([one, doubtful])
         for stranger in (fewer, weights):
             with pytest.raises(NotComparable, match="fvd was measured on different videos"):
                 compare([one, stranger])
