@@ -66,9 +66,14 @@ class MsrVtt:
         return [video_id for video_id in video_ids if video_id not in self.places]
 
     def signature(self, video_ids: Sequence[str]) -> str:
-        """Names the files by their lengths: another encoding of the clips is another reference; folder or shards makes no difference."""
-        lengths = ",".join(f"{video_id}:{self.places[video_id][2]}" for video_id in sorted(video_ids))
-        return hashlib.sha256(lengths.encode()).hexdigest()
+        """Names the files by their content: another encoding of the clips is another reference; folder or shards makes no difference."""
+        whole = hashlib.sha256()
+        for video_id in sorted(video_ids):
+            path, first, length = self.places[video_id]
+            with path.open("rb") as file:
+                file.seek(first)
+                whole.update(f"{video_id}:{hashlib.sha256(file.read(length)).hexdigest()},".encode())
+        return whole.hexdigest()
 
     def clip(self, video_id: str, *, num_frames: int, fps: float, size: int) -> Tensor:
         """The middle frames: uint8 (f h w c). A clip that is missing, broken or too short raises ClipError, never a substitute."""
