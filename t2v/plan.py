@@ -181,7 +181,15 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
     frozen = sum(p.numel() for module in (parts.autoencoder.model, parts.text_encoder.tower) for p in module.parameters())
     print(f"network  {trained:,} parameters trained, {frozen:,} frozen")
     sharded = HydraConfig.get().runtime.choices["strategy"] == "fsdp" and steps.world > 1
-    layout = Layout(steps.world, sharded, moments_of(cfg.optimizer), steps.accumulate, str(cfg.trainer.precision), bool(cfg.hardware.gpu))
+    layout = Layout(
+        steps.world,
+        sharded,
+        moments_of(cfg.optimizer),
+        steps.accumulate,
+        str(cfg.trainer.precision),
+        kernels=bool(cfg.hardware.gpu),
+        reshard_after_forward=not sharded or cfg.strategy.reshard_after_forward,
+    )
     weights = size_of(parts.unet)
     checkpoint = (2 + layout.moments) * weights
     keep, every = cfg.callbacks.checkpoints.keep, cfg.callbacks.checkpoints.every_n_steps

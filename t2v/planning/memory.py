@@ -23,6 +23,7 @@ class Layout:
     accumulate: int
     precision: str
     kernels: bool = False  # those of a GPU
+    reshard_after_forward: bool = True  # FSDP's
 
     @property
     def keeps_gradients(self) -> bool:
@@ -42,12 +43,13 @@ def per_gpu(parts: Parts, counted: Step, layout: Layout) -> dict[str, int]:
         "frozen encoders": (size_of(parts.autoencoder.model) + size_of(parts.text_encoder.tower)) // (2 if in_half else 1),
     }
     moment = dict(counted.at_peak)
-    if layout.sharded:  # gradients lie divided; whole, in 16 bits, are the blocks at work, the next ones, and what belongs to none
+    if layout.sharded:  # gradients lie divided; whole, in 16 bits, are all blocks or those at work and the next, and what belongs to none
         moment["gradients"] = own
         moment.pop(COPIES, None)
         gathered = sorted(sum(map(size_of, blocks)) for blocks in gathered_together(parts.unet))
         outside = weights - sum(gathered)
-        found["weights gathered by FSDP"] = (sum(gathered[-2:]) + outside) // 2 + gathered[-1]  # + the whole gradients of those at work
+        whole = sum(gathered[-2:] if layout.reshard_after_forward else gathered) + outside
+        found["weights gathered by FSDP"] = whole // 2 + gathered[-1]  # + the whole gradients of those at work
     return found | moment
 
 

@@ -76,7 +76,7 @@ def step(
         forward: Counter[str] = Counter()
         with functions:
             loss = torch.zeros((), device=meta)
-            for stream, (b, f, h, w) in clips.items():
+            for stream, (b, f, h, w) in sorted(clips.items(), key=lambda item: item[1][1], reverse=True):  # as TextToVideoModule does
                 done = live.operations
                 with torch.no_grad():
                     frames = torch.empty(b, f, h, w, 3, dtype=torch.uint8, device=meta)

@@ -188,7 +188,9 @@ class TextToVideoModule(LightningModule):
         if batch_idx % plan.accumulate == 0:
             self.micro_batches.clear()
         loss = torch.zeros((), device=self.device)
-        for stream, clips in batch.items():
+        # The backward pass goes the other way: with the most frames last there, gradients are whole, and on their way to the other ranks,
+        # from the first layer that it passes. By shape, not by number of clips: the order must be every rank's.
+        for stream, clips in sorted(batch.items(), key=lambda item: item[1].frames.shape[1], reverse=True):
             weight = plan.scale(stream) if len(clips) else 0.0
             trained = self.predict(stream, clips if len(clips) else stand_in(clips))
             loss = loss + weight * trained.losses.sum()

@@ -16,16 +16,17 @@ from t2v.checkpoint import Piece
 from t2v.models.spatio_temporal import blocks_of
 
 
-def shard(network: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+def shard(network: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard_after_forward: bool = True) -> None:
     """Divide the network's parameters over the mesh, in place.
 
     The convolution blocks and transformers of the spatio-temporal blocks are gathered just before they run, large ones one by one, small
     ones together with their neighbours; the network gathers the rest (first and last layer, time embedding, resampling). Float parameters
-    stay what they are between the steps.
+    stay what they are between the steps. Without `reshard_after_forward` a block keeps what it gathered until its first backward pass is
+    done: the second stream of a step finds it there.
     """
     for blocks in gathered_together(network):
-        fully_shard(blocks, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
-    fully_shard(network, mesh=mesh, mp_policy=policy)
+        fully_shard(blocks, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)  # type: ignore[arg-type]
+    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
 
 
 def gathered_together(network: nn.Module) -> list[list[nn.Module]]:

@@ -25,8 +25,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
     checkpoint folders are those of every other strategy. Runs on CPUs too.
     """
 
-    def __init__(self, timeout_minutes: float = 30) -> None:
+    def __init__(self, timeout_minutes: float = 30, reshard_after_forward: bool = True) -> None:
         super().__init__(timeout=timedelta(minutes=timeout_minutes))
+        self.reshard_after_forward = reshard_after_forward
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -36,7 +37,9 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def shard(self, network: nn.Module) -> None:
         """Called by the module in `configure_model`, alike for the network and for its average."""
         mesh: DeviceMesh = self.device_mesh["data_parallel"]
-        shard(network, mesh, self.precision_policy())
+        trained = any(parameter.requires_grad for parameter in network.parameters())
+        # without a backward pass nothing would give gathered weights up again, and they would stay those of the first call
+        shard(network, mesh, self.precision_policy(), reshard_after_forward=self.reshard_after_forward or not trained)
 
     def precision_policy(self) -> MixedPrecisionPolicy:
         """bf16-mixed: weights travel in bf16, gradients in float32; autocast decides the rest, as in every other strategy."""

@@ -106,6 +106,10 @@ def test_fsdp_divides_what_stays_and_the_micro_batch_that_fits_does_fit() -> Non
     for part in ("weights (float32)", "average of the weights", "optimizer", "gradients"):
         assert divided[part] == pytest.approx(whole[part] / 8, rel=0.05)
     assert divided["activations of videos"] == whole["activations of videos"]
+    kept = per_gpu(made, counted, Layout(8, True, 2, 1, "bf16-mixed", reshard_after_forward=False))
+    gathered = "weights gathered by FSDP"
+    assert divided[gathered] < kept[gathered]
+    assert whole["weights (float32)"] / 2 <= kept[gathered] <= whole["weights (float32)"]
     limit = int(0.7 * sum(whole.values()))
     fits = micro_batch_that_fits(whole, "video", 4, limit)
     assert 1 <= fits < 4

@@ -16,7 +16,12 @@ from t2v.training.mixture import JointMixture, RankMixture
 from t2v.training.strategies import FullyShardedStrategy
 
 BATCH = {"image": 5, "video": 7}
-STRATEGIES: dict[str, Any] = {"single": lambda: "auto", "ddp": lambda: "ddp", "fsdp": FullyShardedStrategy}
+STRATEGIES: dict[str, Any] = {
+    "single": lambda: "auto",
+    "ddp": lambda: "ddp",
+    "fsdp": FullyShardedStrategy,
+    "fsdp_kept": lambda: FullyShardedStrategy(reshard_after_forward=False),
+}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -57,7 +62,7 @@ def test_accumulation_is_exact(alone: dict[str, Any], tmp_path: Path) -> None:
     assert_same(alone, update("single", 1, 2, tmp_path))
 
 
-@pytest.mark.parametrize(("strategy", "world", "micro"), [("ddp", 2, 2), ("ddp", 4, 4), ("fsdp", 2, 2)])
+@pytest.mark.parametrize(("strategy", "world", "micro"), [("ddp", 2, 2), ("ddp", 4, 4), ("fsdp", 2, 2), ("fsdp_kept", 2, 2)])
 def test_ranks_make_the_update_of_one_process(alone: dict[str, Any], strategy: str, world: int, micro: int, tmp_path: Path) -> None:
     ranks = on_ranks(update, world, tmp_path, strategy, world, micro, tmp_path)
     assert_every_sample_once(ranks, BATCH)
