@@ -17,7 +17,7 @@ from t2v.evaluation.features import FeatureStore, Videos, extract, identity
 from t2v.evaluation.page import write_page
 from t2v.evaluation.protocol import Dataset, Manifest, Protocol, digest, select
 from t2v.evaluation.results import Results, summary
-from t2v.evaluation.scores import check_protocol, environment, extractors_of, measure, reference_extractors
+from t2v.evaluation.scores import check_protocol, distance_extractors, environment, extractors_of, measure, reference_extractors
 from t2v.evaluation.videos import Generate, VideoFolder, generated_videos, read_strip, real_videos, strip_path
 from t2v.metrics.features import Extractor
 
@@ -129,14 +129,13 @@ class Evaluator:
     ) -> Results:
         n = len(self.manifest)
         captions = self._captions() if "clipsim" in self.protocol.metrics else None
-        distances = [name for name in references if name != "motion"]
         scores = measure(
             self.protocol,
             self.manifest,
             {name: identity(extractor) for name, extractor in self.used.items()},
             {name: store.read(n) for name, store in made.items()},
             {name: store.read(n) for name, store in references.items()},
-            {name: references[name].moments(n) for name in distances},
+            {name: references[name].moments(n) for name in distance_extractors(self.protocol.metrics)},
             captions,
             self.device,
         )

@@ -1,23 +1,32 @@
 """The same measurement during training, on a small protocol: a plain object that a callback calls on every rank.
 
 Every rank calls `generate` equally often, so that sharded models (whose forward passes are collective) do not hang; rows that are made
-twice for that reason count once. An exception on one rank becomes an error on all, not a wait without end.
+twice for that reason count once. Ranks agree after every chunk, so that an exception on one becomes an error on all, not an endless wait.
+What fails inside an exchange, in the forward pass of a sharded model, cannot be agreed upon: `generate` says so with OutOfStep, which is
+raised at once, and whatever started the ranks ends the others with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from t2v.evaluation.features import FeatureStore, checked, extract, identity
 from t2v.evaluation.protocol import Dataset, Protocol, digest, select
-from t2v.evaluation.scores import check_protocol, extractors_of, measure, reference_extractors
+from t2v.evaluation.scores import check_protocol, distance_extractors, extractors_of, measure, reference_extractors
 from t2v.evaluation.videos import Generate, real_videos
 from t2v.metrics.features import Extractor
+from t2v.metrics.frechet import Moments
 from t2v.metrics.gathered import GatheredMetric
+
+
+class OutOfStep(RuntimeError):
+    """A rank failed where the others wait inside an exchange with it: they cannot be told, and only the end of its process ends them."""
 
 
 class GatheredFeatures(GatheredMetric):
@@ -45,33 +54,36 @@ class QuickEvaluation:
         self.manifest = select(dataset, protocol)
         self.extractors = {name: extractors[name] for name in extractors_of(protocol.metrics)}
         self.real: dict[str, Tensor] | None = None
+        self.references: dict[str, Moments] = {}  # of the real clips, fitted once
         self.texts: Tensor | None = None
         self.last: dict[int, Tensor] = {}
 
     def __call__(self, generate: Generate, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> dict[str, float]:
         """Collective: all ranks must call it. `device` is where features are computed and gathered (a GPU under NCCL)."""
-        for extractor in self.extractors.values():
-            extractor.to(device)
+        with together(device):
+            for extractor in self.extractors.values():
+                extractor.to(device)
         made = self._features(generate, rank, world, device)
         real = self._real(rank, world, device)
-        scores = measure(
-            self.protocol,
-            self.manifest,
-            {name: identity(extractor) for name, extractor in self.extractors.items()},
-            made,
-            real,
-            captions=self._captions() if "clipsim" in self.protocol.metrics else None,
-            device="cpu",
-        )
+        with together(device):
+            scores = measure(
+                self.protocol,
+                self.manifest,
+                {name: identity(extractor) for name, extractor in self.extractors.items()},
+                made,
+                real,
+                self.references,
+                captions=self._captions() if "clipsim" in self.protocol.metrics else None,
+                device="cpu",
+            )
         return {f"{self.prefix}{score.name}": score.value for score in scores}
 
     def _features(self, generate: Generate, rank: int, world: int, device: torch.device | str) -> dict[str, Tensor]:
         total, size = len(self.manifest), self.protocol.chunk
         gathered: dict[str, GatheredFeatures] = {}
-        failure: Exception | None = None
-        try:
-            self.last = {}
-            for rows in equal_chunks(total, size, rank, world):
+        self.last = {}
+        for rows in equal_chunks(total, size, rank, world):
+            with together(device):
                 chosen = [self.manifest.rows[index] for index in rows]
                 videos = checked(generate([row.caption for row in chosen], [row.noise_seed for row in chosen]), rows)
                 self.last.setdefault(rows.start, videos[0].cpu())
@@ -80,27 +92,23 @@ class QuickEvaluation:
                     if name not in gathered:
                         gathered[name] = GatheredFeatures(features.shape[1:], range(total)).to(device)
                     gathered[name].update(features, list(rows))
-        except Exception as error:  # handed to the other ranks, then raised
-            failure = error
-        together(failure, device)
         return {name: metric.compute() for name, metric in gathered.items()}
 
     def _real(self, rank: int, world: int, device: torch.device | str) -> dict[str, Tensor]:
-        """Features of the real clips: from the cache, else rank by rank into it."""
+        """Features of the real clips: from the cache, else rank by rank into it; with them their fitted Gaussians."""
         if self.real is None:
             names, total, size = reference_extractors(self.protocol.metrics), len(self.manifest), self.protocol.chunk
-            failure: Exception | None = None
             stores: dict[str, FeatureStore] = {}
-            try:
+            with together(device):
                 for name in names:
                     settings = {"videos": self.manifest.videos_sha256, "extractor": identity(self.extractors[name]), "chunk": size}
                     stores[name] = FeatureStore(self.cache / f"{self.dataset.name}-{name}-{digest(settings)[:16]}", settings)
                 videos = real_videos(self.dataset, self.manifest, self.protocol)
                 extract(videos, [self.extractors[name] for name in names], list(stores.values()), total, size, device, rank, world)
-            except Exception as error:
-                failure = error
-            together(failure, device)
-            self.real = {name: store.read(total) for name, store in stores.items()}
+            with together(device):  # what all ranks have written
+                real = {name: store.read(total) for name, store in stores.items()}
+                self.references = {name: stores[name].moments(total) for name in distance_extractors(self.protocol.metrics)}
+            self.real = real
         return self.real
 
     def _captions(self) -> Tensor:
@@ -117,12 +125,25 @@ def equal_chunks(total: int, size: int, rank: int, world: int) -> list[range]:
     return [every[(step * world + rank) % len(every)] for step in range(rounds)]
 
 
-def together(failure: Exception | None, device: torch.device | str) -> None:
-    """Raise on all ranks if any failed: the failure itself where it happened, RuntimeError elsewhere."""
-    failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX)
+@contextmanager
+def together(device: torch.device | str) -> Iterator[None]:
+    """What fails inside on any rank ends in an error on all at its end: the failure itself where it happened, elsewhere a RuntimeError that
+    names it. Collective: every rank must come to its end, or raise OutOfStep."""
+    failure: Exception | None = None
+    try:
+        yield
+    except OutOfStep:
+        raise
+    except Exception as error:  # handed to the other ranks, then raised
+        failure = error
+    if dist.is_available() and dist.is_initialized():
+        failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        if failed.item():
+            said: list[str | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(said, None if failure is None else f"{type(failure).__name__}: {failure}")
+            if failure is None:
+                rank, text = next((rank, text) for rank, text in enumerate(said) if text is not None)
+                raise RuntimeError(f"the evaluation failed on rank {rank}: {text}")
     if failure is not None:
         raise failure
-    if failed.item():
-        raise RuntimeError("the evaluation failed on another rank: see its error")

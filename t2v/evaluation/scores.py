@@ -72,6 +72,11 @@ def reference_extractors(metrics: Sequence[str]) -> list[str]:
     ]
 
 
+def distance_extractors(metrics: Sequence[str]) -> list[str]:
+    """Extractors whose features of the real clips a Gaussian is fitted to."""
+    return list(dict.fromkeys(FRECHET[metric][0] for metric in metrics if metric in FRECHET))
+
+
 def check_protocol(protocol: Protocol) -> None:
     """Metrics exist and make sense together, before anything is generated."""
     extractors_of(protocol.metrics)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from t2v.data.msrvtt import MsrVtt
 from t2v.evaluation import Evaluator, QuickEvaluation
 from t2v.evaluation.quick import equal_chunks
+from t2v.evaluation.videos import Generate
 from t2v.metrics.features import MotionFeatures
 
 
@@ -23,9 +26,26 @@ def quick(folder: Path, cache: Path, **changes: object) -> QuickEvaluation:
     return QuickEvaluation(protocol(companions=False, **changes), data, networks, cache)
 
 
+class FailsOnce(Grid):
+    """Raises at its second video chunk."""
+
+    def __call__(self, videos: Tensor) -> Tensor:
+        if self.calls == 1:
+            raise ValueError("out of memory")
+        return super().__call__(videos)
+
+
+def failure_of(evaluate: QuickEvaluation, generate: Generate, rank: int, world: int) -> str:
+    try:
+        evaluate(generate, rank, world)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
 def on_rank(rank: int, world: int, folder: str, cache: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{cache}/meeting", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{cache}/meeting", rank=rank, world_size=world, timeout=timedelta(seconds=20))
     evaluate = quick(Path(folder), Path(cache) / "three")
     painter = Painter()
     scores = evaluate(painter, rank, world)
@@ -35,12 +55,16 @@ def on_rank(rank: int, world: int, folder: str, cache: str) -> None:
             raise ValueError("no memory")
         return painter(captions, seeds)
 
-    try:
-        evaluate(fails, rank, world)
-        failure = "none"
-    except (ValueError, RuntimeError) as error:
-        failure = str(error)
-    torch.save({"scores": scores, "calls": painter.calls, "failure": failure}, f"{cache}/{rank}.pt")
+    failures = [failure_of(evaluate, fails, rank, world)]
+    again = Painter()
+    if rank == 1:
+        evaluate.extractors["i3d"] = FailsOnce()
+    failures.append(failure_of(evaluate, again, rank, world))
+    cached = quick(Path(folder), Path(cache) / "real clips that one rank cannot read")
+    if rank == 2:
+        cached.dataset.places = {}  # type: ignore[attr-defined]
+    failures.append(failure_of(cached, painter, rank, world))
+    torch.save({"scores": scores, "calls": painter.calls, "again": again.calls, "failures": failures}, f"{cache}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -49,12 +73,19 @@ def test_three_ranks_equal_one_with_equal_work_and_fail_together(msrvtt_folder: 
     torch.set_num_threads(1)
     alone = quick(msrvtt_folder, tmp_path / "one")(Painter())
     torch.set_num_threads(threads)
-    mp.spawn(on_rank, (3, str(msrvtt_folder), str(tmp_path)), nprocs=3)
+    mp.start_processes(on_rank, (3, str(msrvtt_folder), str(tmp_path)), nprocs=3, start_method="fork")  # no second start of Python
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
     assert [rank["scores"] for rank in ranks] == [alone] * 3  # bit by bit
-    assert [rank["calls"] for rank in ranks] == [4, 2, 4]  # 4 chunks: two rounds each, then two more where nothing failed
-    assert ranks[1]["failure"] == "no memory"
-    assert "another rank" in ranks[0]["failure"]
+    # 4 chunks of 13 videos are two rounds for each of three ranks; a round where one failed is the last; then two rounds again
+    assert [rank["calls"] for rank in ranks] == [2 + 1 + 2, 2 + 0 + 2, 2 + 1 + 2]
+    assert [rank["again"] for rank in ranks] == [2, 2, 2]
+    unreadable = [rank["failures"].pop() for rank in ranks]
+    assert unreadable[2].startswith("ClipError: ")
+    assert set(unreadable[:2]) == {f"RuntimeError: the evaluation failed on rank 2: {unreadable[2]}"}
+    for one in (0, 2):
+        prefix = "RuntimeError: the evaluation failed on rank 1: ValueError:"
+        assert ranks[one]["failures"] == [f"{prefix} no memory", f"{prefix} out of memory"]
+    assert ranks[1]["failures"] == ["ValueError: no memory", "ValueError: out of memory"]
 
 
 def test_names_carry_the_count_and_numbers_are_the_evaluators(msrvtt_folder: Path, msrvtt: MsrVtt, tmp_path: Path) -> None:
@@ -75,6 +106,23 @@ def test_real_clips_are_read_once(msrvtt_folder: Path, tmp_path: Path) -> None:
     second = quick(msrvtt_folder, tmp_path)
     second(Painter())
     assert second.extractors["i3d"].calls == 4  # type: ignore[attr-defined]
+
+
+def test_the_reference_is_fitted_once(msrvtt_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solved = []
+
+    def eigh(matrix: Tensor) -> Any:
+        solved.append(len(matrix))
+        return solver(matrix)
+
+    solver = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    evaluate = quick(msrvtt_folder, tmp_path)
+    scores = evaluate(Painter())
+    assert solved == [24]  # the root of the reference covariance, of Grid's 24 numbers
+    assert evaluate(Painter()) == scores
+    assert quick(msrvtt_folder, tmp_path)(Painter()) == scores  # another run reads it
+    assert solved == [24]
 
 
 @pytest.mark.parametrize(("total", "size", "world"), [(13, 4, 3), (16, 4, 4), (3, 4, 5), (100, 8, 7)])

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from t2v.diffusion.sampling import Sampler
 from t2v.evaluation import Protocol, QuickEvaluation
+from t2v.evaluation.quick import OutOfStep
 from t2v.evaluation.scores import extractors_of
 from t2v.evaluation.shapes import CheckerFeatures
 from t2v.evaluation.videos import generator
 from t2v.metrics import weights
+from t2v.training.sharding import is_sharded
 
 
 class Evaluation(Callback):
@@ -57,8 +59,15 @@ class Evaluation(Callback):
         pipeline = module.pipeline(self.sampler)
 
         def in_training_precision(captions: list[str], **options: Any) -> Tensor:
-            with trainer.precision_plugin.forward_context():
-                return pipeline(captions, **options)
+            try:
+                with trainer.precision_plugin.forward_context():
+                    return pipeline(captions, **options)
+            except Exception as error:
+                if not any(map(is_sharded, pipeline.unet.parameters())):
+                    raise
+                raise OutOfStep(
+                    f"rank {trainer.global_rank} stopped inside a network that is divided between ranks, and the others with it: {error}"
+                ) from error
 
         with torch.random.fork_rng(devices=[]):
             generate = generator(in_training_precision, self.protocol)
