@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from fractions import Fraction
 from pathlib import Path
 
 import av
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from t2v.data.msrvtt import ClipError, MsrVtt, middle_clip
@@ -29,13 +30,20 @@ def annotation_file(folder: Path, split: str = "test", videos: int = 3) -> Path:
     return path
 
 
-def counting(frames: int, size: int = 32) -> Tensor:
-    """Frame k is gray of brightness k, so that a decoded frame says its number."""
-    return torch.arange(frames, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, size, size, 3).contiguous()
+BITS, STRIPE = 10, 4  # pixels
+
+
+def counting(frames: int, size: int = BITS * STRIPE) -> Tensor:
+    """Frame k wears k in upright stripes, black for 0 and white for 1, so that a decoded frame says its number, whatever the codec lost."""
+    bits = torch.arange(frames)[:, None] >> torch.arange(BITS) & 1  # (f bits)
+    stripes = F.pad((255 * bits).to(torch.uint8).repeat_interleave(STRIPE, 1), (0, size - BITS * STRIPE))
+    return stripes[:, None, :, None].expand(-1, size, -1, 3).contiguous()
 
 
 def numbers(frames: Tensor) -> list[int]:
-    return [round(float(frame.float().mean())) for frame in frames]
+    levels = frames[:, :, : BITS * STRIPE].float().unflatten(2, (BITS, STRIPE)).mean((1, 3, 4))  # (f bits)
+    assert ((levels - 127.5).abs() > 60).all(), "unreadable"
+    return [int(number) for number in ((levels > 127.5) << torch.arange(BITS)).sum(1)]
 
 
 def mp4(frames: Tensor, fps: float) -> bytes:
@@ -44,18 +52,16 @@ def mp4(frames: Tensor, fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def variable_rate(times: list[int], size: int = 32) -> bytes:
-    """Frame k (gray k) shown from times[k] milliseconds on."""
+def variable_rate(times: list[int], size: int = BITS * STRIPE) -> bytes:
+    """Frame k shown from times[k] milliseconds on."""
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=30, options={"crf": "1", "preset": "ultrafast", "bf": "0"})
         stream.width = stream.height = size
         stream.pix_fmt = "yuv420p"
-        from fractions import Fraction
-
         stream.codec_context.time_base = Fraction(1, 1000)
-        for k, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.full((size, size, 3), k, np.uint8), format="rgb24")
+        for time, picture in zip(times, counting(len(times), size)):
+            frame = av.VideoFrame.from_ndarray(picture.numpy(), format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -65,30 +71,28 @@ def variable_rate(times: list[int], size: int = 32) -> bytes:
 class TestMiddleFrames:
     def test_of_ten_seconds(self) -> None:
         """The video lasts for k / 3 s with k = 0..29: the middle 16 are k = 7..22."""
-        got = numbers(middle_clip(mp4(counting(250), 25), num_frames=16, fps=3, size=32))
-        want = [int(k / 3 * 25 + 1e-9) for k in range(7, 23)]
-        assert got == pytest.approx(want, abs=1)
-        assert len(got) == 16
+        assert numbers(middle_clip(mp4(counting(250), 25), num_frames=16, fps=3, size=40)) == [k * 25 // 3 for k in range(7, 23)]
 
-    @pytest.mark.parametrize("fps", [29.97, 30000 / 1001, 12.5])
-    def test_at_other_rates(self, fps: float) -> None:
-        frames = 200
-        got = numbers(middle_clip(mp4(counting(frames), fps), num_frames=16, fps=3, size=32))
-        whole = int((frames - 1) / fps * 3 + 1e-6) + 1
-        first = (whole - 16) // 2
-        assert got == pytest.approx([int(k / 3 * fps + 1e-6) for k in range(first, first + 16)], abs=1)
+    @pytest.mark.parametrize("fps", [29.97, Fraction(30000, 1001), 12.5])
+    def test_at_other_rates(self, fps: float | Fraction) -> None:
+        """To the frame: 30 s of 29.97 frames a second, read as 30, would give others."""
+        frames = int(30 * fps)
+        got = numbers(middle_clip(mp4(counting(frames), float(fps)), num_frames=16, fps=3, size=40))
+        first = (int((frames - 1) / fps * 3) + 1 - 16) // 2
+        assert got == [int(k * fps / 3 + 1e-9) for k in range(first, first + 16)]
+        assert got != [int(k * round(fps) / 3 + 1e-9) for k in range(first, first + 16)]
 
     def test_of_a_variable_rate(self) -> None:
         """Slow at first, fast later: what is on screen at a time, not every tenth frame."""
         times = [k * 200 for k in range(30)] + [6000 + k * 40 for k in range(60)]  # 8.36 s
-        got = numbers(middle_clip(variable_rate(times), num_frames=16, fps=3, size=32))
+        got = numbers(middle_clip(variable_rate(times), num_frames=16, fps=3, size=40))
         first = (int(8.36 * 3) + 1 - 16) // 2
-        want = [max(i for i, time in enumerate(times) if time <= 1000 * k / 3 + 0.5) for k in range(first, first + 16)]
-        assert got == pytest.approx(want, abs=1)
+        want = [max(i for i, time in enumerate(times) if time <= 1000 * k / 3) for k in range(first, first + 16)]
+        assert got == want
+        assert want != [k * 90 // 26 for k in range(first, first + 16)]  # at the mean rate
 
     def test_native_thirty_fps(self) -> None:
-        got = numbers(middle_clip(mp4(counting(100), 30), num_frames=16, fps=30, size=32))
-        assert got == pytest.approx(list(range(42, 58)), abs=1)
+        assert numbers(middle_clip(mp4(counting(100), 30), num_frames=16, fps=30, size=40)) == list(range(42, 58))
 
     def test_short_clips_are_refused(self) -> None:
         with pytest.raises(BadSample, match="too_short"):

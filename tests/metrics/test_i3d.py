@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+import functional_i3d
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,12 @@ def random_state(seed: int = 0) -> dict[str, Tensor]:
     state = InceptionI3d().state_dict()
     wanted = i3d_weights.key_maps()[0]
     state = {name: tensor for name, tensor in state.items() if name in wanted}
-    return {name: torch.rand(t.shape) + 0.1 if name.endswith("running_var") else t for name, t in state.items()}
+    ranges = {"running_var": (0.1, 1.1), "running_mean": (-0.1, 0.1), "bn.bias": (-0.1, 0.3)}
+    for name, tensor in state.items():
+        for ending, (low, high) in ranges.items():
+            if name.endswith(ending):
+                tensor.uniform_(low, high)
+    return state
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +61,15 @@ class TestNetwork:
     def test_takes_nine_frames_or_more(self, network: InceptionI3d) -> None:
         with pytest.raises(ValueError, match="at least 9 frames, got 8"):
             network(clip(8))
-        for frames in (16, 17):
-            assert network(clip(frames)).shape == (1, 400)
+        assert network(clip(9)).shape == (1, 400)
+
+    @pytest.mark.parametrize("frames", [9, 16, 17])
+    def test_gives_the_logits_of_a_functional_reference(self, network: InceptionI3d, state: dict[str, Tensor], frames: int) -> None:
+        """9, 16, 17 frames: odd, even and odd again at the temporal strides, so that each pads differently."""
+        x = clip(frames)
+        got, want = network(x), functional_i3d.logits(state, x)
+        assert got.std() > 0.01
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.std()))
 
     def test_sees_time(self, network: InceptionI3d) -> None:
         x = clip(9)
