@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-EXTRAS := dev,slurm
+EXTRAS := dev,slurm,sensitivity
 ARGS ?=
 
 .DEFAULT_GOAL := help
