@@ -131,10 +131,7 @@ def measure_model(cfg: DictConfig, evaluator: Evaluator, place: str | Path) -> A
     details = {
         "model": identity(place),
         "ema": cfg.ema,
-        "scheduler": sampler.scheduler,
-        "steps": sampler.num_steps,
-        "guidance": sampler.guidance.scale,
-        "spacing": sampler.spacing,
+        "sampler": sampler.config,  # every field of its guidance, too
         "autoencoder": cfg.autoencoder,
         "text_encoder": cfg.text_encoder,
         "seed": evaluator.protocol.seed,

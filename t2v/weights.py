@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import pickle
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,8 @@ def read(file: str | Path) -> dict[str, Any]:
             f"{path} is not a file of plain tensors ({str(error).splitlines()[0]}): it may run foreign code when opened, so it is refused; "
             "convert it to safetensors where you trust it"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error) as error:
+        # the unpickler runs damaged bytes as the program they happen to spell, and fails in any of these ways
         raise WeightsError(f"{path} is truncated, missing or not a file of weights ({error}): {again}") from error
     while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]

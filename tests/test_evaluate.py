@@ -59,7 +59,7 @@ def test_a_checkpoint_then_its_videos_as_a_folder(
         "results.json", "results.md", "page.html", "manifest.jsonl", "videos", "features",
     }  # fmt: skip
     first = json.loads(Path("one/results.json").read_text())
-    assert first["details"]["guidance"] == 2.0
+    assert first["details"]["sampler"] == {"scheduler": "ddim", "num_steps": 3, "guidance": {"scale": 2.0}, "spacing": "leading"}
     run(monkeypatch, *SMALL, *DATA, "videos=one/videos", "output=two", "subject=Theirs")
     second = json.loads(Path("two/results.json").read_text())
     assert [score["value"] for score in first["scores"]] == [score["value"] for score in second["scores"]]
@@ -72,7 +72,8 @@ def test_a_folder_begun_by_another_model_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(monkeypatch, *SMALL, *DATA, f"checkpoint={folder}", "output=one")
-    assert "use another output folder" in fails(monkeypatch, capsys, *SMALL, *DATA, f"checkpoint={folder}", "output=one", "guidance=1")
+    for other in ("guidance=1", "steps=2", "sampler=dpm"):
+        assert "use another output folder" in fails(monkeypatch, capsys, *SMALL, *DATA, f"checkpoint={folder}", "output=one", other)
 
 
 def test_different_protocols_do_not_share_a_table(

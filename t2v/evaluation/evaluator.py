@@ -163,7 +163,7 @@ class Evaluator:
         for rows in (range(i, i + 1) for i in range(min(PAGE_VIDEOS, len(self.manifest)))):
             row = self.manifest.rows[rows.start]
             if generated:
-                video = read_strip(strip_path(self.output / "videos", row.index), (p.num_frames, p.size, p.size, 3))
+                video = read_strip(strip_path(self.output / "videos", row.index), p.size, p.num_frames)
             else:
                 video = videos(rows)[0]
             if video is not None:

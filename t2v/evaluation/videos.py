@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,11 +56,12 @@ def real_videos(dataset: Dataset, manifest: Manifest, protocol: Protocol) -> Vid
 def generated_videos(generate: Generate, manifest: Manifest, protocol: Protocol, folder: Path, keep: int) -> Videos:
     """Videos of a model; the first `keep` are kept in `folder` one by one. A chunk of which any is missing is generated as a whole, so
     that a resumed run has the bits of a straight one; chunk=1 loses nothing at a kill."""
-    shape = (protocol.num_frames, protocol.size, protocol.size, 3)
+    frames, size = protocol.num_frames, protocol.size
+    shape = (frames, size, size, 3)
     writers = ThreadPoolExecutor(8)
 
     def videos(rows: range) -> Tensor:
-        kept = [read_strip(strip_path(folder, index), shape) if index < keep else None for index in rows]
+        kept = [read_strip(strip_path(folder, index), size, frames) if index < keep else None for index in rows]
         if all(video is not None for video in kept):
             return torch.stack([video for video in kept if video is not None])
         chosen = [manifest.rows[index] for index in rows]
@@ -88,8 +89,9 @@ def write_strip(path: Path, video: Tensor) -> None:
     replace_file(path, buffer.getvalue())
 
 
-def read_strip(path: Path, shape: Sequence[int] | None = None) -> Tensor | None:
-    """uint8 (f h w c), None if there is no whole file. Without `shape` frames are taken to be square."""
+def read_strip(path: Path, size: int, frames: int | None = None) -> Tensor | None:
+    """uint8 (f size size c), None if there is no whole file. A picture does not say where it is to be cut, so any other width or length
+    raises ValueError; without `frames` any whole number of them will do."""
     if not path.exists():
         return None
     try:
@@ -97,17 +99,20 @@ def read_strip(path: Path, shape: Sequence[int] | None = None) -> Tensor | None:
             pixels = np.array(image.convert("RGB"))
     except (OSError, SyntaxError):  # Pillow says SyntaxError for a broken PNG
         return None
-    height = pixels.shape[1] if shape is None else shape[1]
-    if pixels.shape[0] % height or (shape is not None and pixels.shape != (shape[0] * shape[1], shape[2], 3)):
-        raise ValueError(f"{path} is {pixels.shape[1]} x {pixels.shape[0]} pixels: not a strip of {shape or 'square'} frames. Remove it.")
-    return torch.from_numpy(pixels).unflatten(0, (-1, height))
+    height, width = pixels.shape[:2]
+    if width != size or height % size or frames not in (None, height // size):
+        raise ValueError(
+            f"{path} is {width} x {height} pixels, not a strip of {frames or 'whole'} frames of {size} x {size} one below the other. "
+            "Remove it; or give frames of another size as a video file (mp4, mkv, avi), for which fit=crop works, as it cannot for strips."
+        )
+    return torch.from_numpy(pixels).unflatten(0, (-1, size))
 
 
 class VideoFolder:
     """Videos of another model, one file per row of the manifest, named by its index (000012), `<video_id>_<sen_id>`, or `<video_id>`.
 
     `take`: which frames of a longer video are measured: error (it must have exactly as many), first, middle, or uniform. `fit`: error
-    (it must have the protocol's size) or crop (middle square, scaled).
+    (it must have the protocol's size) or crop (middle square, scaled). PNG strips hold frames of the protocol's size, whatever `fit`.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, protocol: Protocol, take: str = "error", fit: str = "error") -> None:
@@ -140,7 +145,7 @@ class VideoFolder:
         size = p.size if self.fit == "crop" else None
         try:
             if path.suffix.lower() == ".png":
-                video = read_strip(path)
+                video = read_strip(path, p.size)
                 if video is None:
                     raise ValueError(f"{path} is not a readable PNG strip.")
             else:

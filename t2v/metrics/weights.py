@@ -166,7 +166,19 @@ def load(
         "motion": MotionFeatures,
         "shapes": _shapes,
     }
-    return {name: builders[name]().to(device) for name in names}, found
+    return {name: _built(builders[name], files.get(name)).to(device) for name in names}, found
+
+
+def _built(build: Callable[[], Extractor], file: Found | None) -> Extractor:
+    try:
+        return build()
+    except (RuntimeError, ValueError) as error:
+        if file is None or isinstance(error, WeightsError):
+            raise
+        first = str(error).splitlines()[0].rstrip(":")  # PyTorch goes on with every tensor's name
+        raise WeightsError(
+            f"{file.path} does not hold the weights of {file.name}: {first}. Fetch it again ({SOURCES.get(file.name, 'see check=true')})"
+        ) from error
 
 
 def _shapes() -> Extractor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tiny_evaluation import VIDEOS, FrameGrid, Grid, Painter, moving, protocol
 from torch import Tensor
 
 from t2v.data.msrvtt import MsrVtt
-from t2v.evaluation import Evaluator, NotComparable, Protocol, Results, VideoFolder, compare
+from t2v.evaluation import Evaluator, NotComparable, Protocol, QuickEvaluation, Results, VideoFolder, compare
 from t2v.evaluation.videos import read_strip, uniform, write_strip
 from t2v.metrics.features import MotionFeatures
 from t2v.metrics.frechet import frechet_distance_of_few
@@ -130,6 +131,10 @@ class TestForeignVideos:
         (folder / f"{run.manifest.rows[2].video_id}.mp4").rename(folder / "sample_2.mp4")
         with pytest.raises(ValueError, match=rf"1 of 13 videos are missing.*{run.manifest.rows[2].video_id}"):
             VideoFolder(folder, run.manifest, run.protocol)
+        for path in folder.iterdir():
+            path.rename(folder / f"clip of {path.name}")
+        with pytest.raises(ValueError, match=r"13 of 13 videos are missing .*has 13 videos \(clip of .*manifest.jsonl"):
+            VideoFolder(folder, run.manifest, run.protocol)
         with pytest.raises(ValueError, match="is not a folder"):
             VideoFolder(tmp_path / "nowhere", run.manifest, run.protocol)
 
@@ -154,6 +159,27 @@ class TestForeignVideos:
         first.write_bytes(second.read_bytes())
         assert VideoFolder(tmp_path / "peer", run.manifest, run.protocol).sha256() != before
 
+    @pytest.mark.parametrize("fit", ["error", "crop"])
+    @pytest.mark.parametrize(("height", "width"), [(32, 64), (24, 32), (64, 64)])
+    def test_strips_of_other_frames_are_refused(self, msrvtt: MsrVtt, tmp_path: Path, height: int, width: int, fit: str) -> None:
+        """Cut into squares they would be measured as videos that nobody made."""
+        run = evaluator(msrvtt, tmp_path / "a")
+        folder = self.folder(run, tmp_path / "peer")
+        write_strip(folder / "000003.png", moving(1, 17, width, height))
+        with pytest.raises(ValueError, match=rf"{width} x {17 * height} pixels.*frames of 32 x 32.*video file .*fit=crop"):
+            run.of_folder(VideoFolder(folder, run.manifest, run.protocol, "first", fit), "peer", {})
+        assert not (tmp_path / "a" / "results.json").exists()
+
+    def test_mixed_resolutions_are_an_error(self, msrvtt: MsrVtt, tmp_path: Path) -> None:
+        run = evaluator(msrvtt, tmp_path / "a")
+        folder = self.folder(run, tmp_path / "peer", ".mp4")
+        odd = folder / f"{run.manifest.rows[6].video_id}.mp4"
+        write_mp4(odd, moving(1, 16, 64, 48), 8, preset="ultrafast")
+        with pytest.raises(ValueError, match=rf"{odd.name} has 64 x 48 pixels, protocol tiny measures 32 x 32: fit=crop"):
+            run.of_folder(VideoFolder(folder, run.manifest, run.protocol), "peer", {})
+        assert not (tmp_path / "a" / "results.json").exists()
+        assert VideoFolder(folder, run.manifest, run.protocol, fit="crop").videos()(range(4, 8)).shape == (4, 16, 32, 32, 3)
+
     def test_a_broken_file_is_an_error(self, msrvtt: MsrVtt, tmp_path: Path) -> None:
         run = evaluator(msrvtt, tmp_path / "a")
         folder = self.folder(run, tmp_path / "peer", ".mp4")
@@ -170,16 +196,52 @@ class TestRefuses:
         with pytest.raises(ValueError, match=r"\(4, 16, 64, 64, 3\).*\(4, 16, 32, 32, 3\)"):
             evaluator(msrvtt, tmp_path).of_model(wrong, "wrong", {})
 
+    def test_real_clips_that_are_missing_or_named_otherwise(self, msrvtt_folder: Path, tmp_path: Path) -> None:
+        """Listed before a network is asked for anything; none is left out."""
+        for path in (msrvtt_folder / "videos").iterdir():
+            shutil.copy(path, tmp_path)
+        for name in ("video7012", "video7019"):
+            (tmp_path / f"{name}.mp4").unlink()
+        captions = msrvtt_folder / "test_videodatainfo.json"
+        with pytest.raises(
+            ValueError, match=r"2 of 13 videos that tiny needs are missing in msrvtt: (video7012, video7019|video7019, video7012)"
+        ):
+            evaluator(MsrVtt(captions, tmp_path), tmp_path / "out")
+        for path in tmp_path.glob("*.mp4"):
+            path.rename(tmp_path / f"MSRVTT_{path.name}")
+        with pytest.raises(ValueError, match=r"13 of 13 videos that tiny needs are missing.*\.\.\. Evaluation leaves no clip out"):
+            evaluator(MsrVtt(captions, tmp_path), tmp_path / "out")
+        with pytest.raises(ValueError, match="needs are missing"):
+            QuickEvaluation(
+                protocol(), MsrVtt(captions, tmp_path), evaluator(MsrVtt(captions, msrvtt_folder / "videos"), tmp_path).used, tmp_path
+            )
+
+    def test_real_clips_of_mixed_resolutions_become_one(self, msrvtt_folder: Path, tmp_path: Path) -> None:
+        """MSR-VTT's clips differ in size: the middle square of each is scaled."""
+        for path in (msrvtt_folder / "videos").iterdir():
+            shutil.copy(path, tmp_path)
+        write_mp4(tmp_path / "video7011.mp4", moving(1, 60, 40, 96), 10, preset="ultrafast")
+        results = evaluator(MsrVtt(msrvtt_folder / "test_videodatainfo.json", tmp_path), tmp_path / "out").of_model(
+            Painter(), "painter", {}
+        )
+        assert results is not None
+        assert results.value("fvd_n13") > 0
+
     def test_nan_features(self, msrvtt: MsrVtt, tmp_path: Path) -> None:
         class Broken(Grid):
             def __call__(self, videos: Tensor) -> Tensor:
                 features = super().__call__(videos)
-                return features.index_fill(0, torch.tensor([1]), float("nan"))
+                features[1:2] = float("nan")
+                return features
 
         run = evaluator(msrvtt, tmp_path)
         run.used["i3d"] = Broken()
         with pytest.raises(ValueError, match=r"i3d gives NaN or infinity for rows \[1\]"):
             run.of_model(Painter(), "painter", {})
+        assert not (tmp_path / "results.json").exists()
+        quick = QuickEvaluation(run.protocol, msrvtt, {**run.used, "i3d": Broken()}, tmp_path / "cache")
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            quick(Painter())
 
     def test_missing_networks_before_anything_is_made(self, msrvtt: MsrVtt, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"needs the networks \['i3d'\]"):
@@ -207,9 +269,9 @@ class TestRefuses:
 def test_strips_keep_every_bit(tmp_path: Path) -> None:
     video = torch.randint(0, 256, (5, 24, 24, 3), dtype=torch.uint8)
     write_strip(tmp_path / "1.png", video)
-    got = read_strip(tmp_path / "1.png")
+    got = read_strip(tmp_path / "1.png", 24)
     assert got is not None
     assert torch.equal(got, video)
     with pytest.raises(ValueError, match="not a strip"):
-        read_strip(tmp_path / "1.png", (4, 24, 24, 3))
+        read_strip(tmp_path / "1.png", 24, 4)
     assert uniform(16, 6) == [0, 3, 6, 9, 12, 15]

@@ -89,6 +89,21 @@ def test_unknown_torchscript_is_never_opened(tmp_path: Path, monkeypatch: pytest
             weights.verify(name, tmp_path / "mine.pt")
 
 
+@pytest.mark.parametrize(
+    ("name", "file"), [("i3d", "mine.pt"), ("i3d", "mine.safetensors"), ("inception_v3", "mine.pth"), ("clip_vit_b32", "mine.pt")]
+)
+def test_damaged_and_foreign_files_are_one_error_even_where_unverified_ones_are_allowed(tmp_path: Path, name: str, file: str) -> None:
+    path = tmp_path / file
+    path.write_bytes(b"a download that broke off" * 50)
+    with pytest.raises(WeightsError, match=file):
+        weights.load([name], {name: str(path)}, allow_unverified=True)
+    foreign = {"layer.weight": torch.ones(2, 2)}
+    save_file(foreign, path) if path.suffix == ".safetensors" else torch.save(foreign, path)
+    with pytest.raises(WeightsError, match=file) as error:
+        weights.load([name], {name: str(path)}, allow_unverified=True)
+    assert "\n" not in str(error.value)
+
+
 def test_unverified_weights_must_be_allowed_and_are_marked(i3d_file: Path) -> None:
     with pytest.raises(WeightsError, match=r"230 of 230 tensors are not DeepMind's.*allow_unverified=true"):
         weights.load(["i3d"], {"i3d": str(i3d_file)})
