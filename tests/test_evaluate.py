@@ -76,6 +76,19 @@ def test_a_folder_begun_by_another_model_is_refused(
         assert "use another output folder" in fails(monkeypatch, capsys, *SMALL, *DATA, f"checkpoint={folder}", "output=one", other)
 
 
+def test_the_same_model_sampled_otherwise_does_not_look_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for output, guidance in (("one", 1), ("two", 4)):
+        run(monkeypatch, *SMALL, *DATA, f"checkpoint={folder}", f"output={output}", f"guidance={guidance}", "subject=Ours")
+        assert f"guidance.scale {guidance}.0" in Path(output, "results.md").read_text()
+    capsys.readouterr()
+    run(monkeypatch, "compare=[one/results.json,two/results.json]")
+    printed = capsys.readouterr().out
+    assert "| Ours (sampler.guidance.scale=1.0) |" in printed
+    assert "| Ours (sampler.guidance.scale=4.0) |" in printed
+
+
 def test_different_protocols_do_not_share_a_table(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,6 +113,7 @@ def extract(
             frames = checked(videos(rows), rows).to(device)  # (b f h w c)
             for extractor, store in wanted:
                 store.write(rows, chunk, extractor(frames))
+            del frames  # before the next are made
         if done is not None:
             done(len(rows))
 

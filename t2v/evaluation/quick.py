@@ -86,12 +86,13 @@ class QuickEvaluation:
             with together(device):
                 chosen = [self.manifest.rows[index] for index in rows]
                 videos = checked(generate([row.caption for row in chosen], [row.noise_seed for row in chosen]), rows)
-                self.last.setdefault(rows.start, videos[0].cpu())
+                self.last.setdefault(rows.start, videos[0].cpu().clone())
                 for name, extractor in self.extractors.items():
                     features = extractor(videos.to(device))
                     if name not in gathered:
                         gathered[name] = GatheredFeatures(features.shape[1:], range(total)).to(device)
                     gathered[name].update(features, list(rows))
+                del videos, features  # before the next are made
         return {name: metric.compute() for name, metric in gathered.items()}
 
     def _real(self, rank: int, world: int, device: torch.device | str) -> dict[str, Tensor]:

@@ -85,16 +85,27 @@ def compare(results: Sequence[Results]) -> str:
                 "Measure all subjects with one protocol, one data set and one set of weights."
             )
     names = list(dict.fromkeys(score.name for result in results for score in result.scores))
-    rows = [[_marked(result), *(_cell(result, name) for name in names)] for result in results]
+    rows = [[_marked(result, results), *(_cell(result, name) for name in names)] for result in results]
     return markdown(["", *names], rows)
 
 
-def _marked(result: Results) -> str:
-    """The subject, with what sets its numbers apart though they may stand in one table."""
+def _marked(result: Results, among: Sequence[Results]) -> str:
+    """The subject, with what sets its numbers apart though they may stand in one table; of namesakes also what they differ in."""
     chosen = [f"{key}={result.details[key]}" for key in ("take", "fit") if result.details.get(key, "error") != "error"]
     lossy = ["lossy"] if result.details.get("lossless") is False else []
-    marks = [*(f"unverified {name}" for name in result.unverified), *lossy, *chosen]
+    namesakes = [_flat(other.details) for other in among if other.subject == result.subject]
+    own = {name: value for name, value in _flat(result.details).items() if not name.startswith(("weights.", "environment."))}
+    apart = [f"{name}={value}" for name, value in own.items() if any(other.get(name) != value for other in namesakes)]
+    marks = dict.fromkeys([*(f"unverified {name}" for name in result.unverified), *lossy, *chosen, *apart])
     return f"{result.subject} ({', '.join(marks)})" if marks else result.subject
+
+
+def _flat(details: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by dots: sampler.guidance.scale."""
+    flat: dict[str, Any] = {}
+    for name, value in details.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _cell(result: Results, name: str) -> str:
@@ -113,6 +124,9 @@ def summary(result: Results) -> str:
     lines = [f"# {result.subject}", "", f"Protocol {result.protocol['name']}, manifest {result.manifest[:12]}. ± is 1.96 standard errors."]
     if result.protocol.get("note"):
         lines.append(str(result.protocol["note"]))
+    if "sampler" in result.details:
+        sampled = ", ".join(f"{name} {value}" for name, value in _flat(result.details["sampler"]).items())
+        lines.append(f"Sampled with {sampled}.")
     if result.unverified:
         lines += ["", f"**Unverified weights: {', '.join(result.unverified)}.** These numbers are not to be published."]
     better = {True: "higher", False: "lower", None: "near the real"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from t2v.data.msrvtt import MsrVtt
 from t2v.evaluation import Evaluator, NotComparable, Protocol, QuickEvaluation, Results, VideoFolder, compare
+from t2v.evaluation.features import FeatureStore, extract, identity
 from t2v.evaluation.videos import read_strip, uniform, write_strip
 from t2v.metrics.features import MotionFeatures
 from t2v.metrics.frechet import frechet_distance_of_few
@@ -264,6 +266,24 @@ class TestRefuses:
         for stranger in (fewer, weights):
             with pytest.raises(NotComparable, match="fvd was measured on different videos"):
                 compare([one, stranger])
+
+
+def test_one_batch_of_frames_is_held_at_a_time(msrvtt: MsrVtt, tmp_path: Path) -> None:
+    earlier: list[weakref.ref[Tensor]] = []
+
+    def make(rows: int) -> Tensor:
+        assert all(batch() is None for batch in earlier)
+        videos = torch.randint(0, 256, (rows, 16, 32, 32, 3), dtype=torch.uint8)
+        earlier.append(weakref.ref(videos))
+        return videos
+
+    grid = Grid()
+    store = FeatureStore(tmp_path / "features", {"extractor": identity(grid)})
+    extract(lambda rows: make(len(rows)), [grid], [store], total=13, chunk=4, device="cpu")
+    assert len(earlier) == 4
+    quick = QuickEvaluation(protocol(companions=False), msrvtt, evaluator(msrvtt, tmp_path / "out").used, tmp_path / "cache")
+    quick(lambda captions, seeds: make(len(seeds)))
+    assert len(earlier) == 8
 
 
 def test_strips_keep_every_bit(tmp_path: Path) -> None:
