@@ -171,7 +171,7 @@ def test_all_ranks_name_the_sample_of_the_one_that_has_it(strategy: str, tmp_pat
 def test_a_bad_gradient_names_its_parameter(tmp_path: Path) -> None:
     module = small_module()
     module.unet.conv_out.bias.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(NonFiniteError, match=r"the gradient of conv_out\.bias is not; samples image-0"):
+    with pytest.raises(NonFiniteError, match=r"the gradient of conv_out\.bias is not; samples video-0"):
         fit(module, MadeUpData(BATCH, MICRO, JointMixture()), tmp_path)
     assert torch.isfinite(module.unet.conv_out.bias).all()
 
