@@ -122,6 +122,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     place = options.folder or Path(tempfile.mkdtemp(prefix="chaos-"))
     place.mkdir(parents=True, exist_ok=True)
+    if any(place.iterdir()):  # a finished run of other code would be found finished, and compared with
+        parser.error(f"--folder {place} is not empty; name one that is new")
     began = time.monotonic()
     different, signals, _ = torment(place, place / "data", options.kills, options.seed)
     print(f"{options.kills} kills ({dict(signals)}) in {time.monotonic() - began:.0f} s: {len(different)} differences {different[:3]}")
