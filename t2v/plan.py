@@ -168,6 +168,7 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
     from t2v.planning import findings, report
     from t2v.planning.length import Length
     from t2v.planning.memory import GIB, Layout, by_recomputation, micro_batch_that_fits
+    from t2v.training.graphs import UNRECORDABLE
     from t2v.training.sharding import size_of
 
     parts = build(cfg, found)
@@ -189,6 +190,7 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
         str(cfg.trainer.precision),
         kernels=bool(cfg.hardware.gpu),
         reshard_after_forward=not sharded or cfg.strategy.reshard_after_forward,
+        cuda_graphs=cfg.module.cuda_graphs and bool(cfg.hardware.gpu) and not sharded,
     )
     weights = size_of(parts.unet)
     checkpoint = (2 + layout.moments) * weights
@@ -218,7 +220,8 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
             if which == chosen:
                 mends += [f"micro_batch.{stream}={size}" for stream, size in most.items() if size > 0]
             elif sum(mode.memory.values()) <= limit:
-                mends.append(f"unet.gradient_checkpointing={which}")
+                graphs = " module.cuda_graphs=false" if layout.cuda_graphs and which in UNRECORDABLE else ""
+                mends.append(f"unet.gradient_checkpointing={which}{graphs}")
         found += findings.memory(sum(memory.values()), limit, cfg.hardware.name, mends)
 
     length = Length(steps, cfg.trainer.max_steps, operations, cfg.hardware.tflops)

@@ -8,6 +8,7 @@ from typing import Any
 
 from t2v.models.spatio_temporal import CHECKPOINTING
 from t2v.planning.step import BACKWARD, COPIES, Parts, Step, activations_of, step
+from t2v.training.graphs import UNRECORDABLE
 from t2v.training.sharding import gathered_together, size_of
 
 GIB = 2**30
@@ -24,6 +25,7 @@ class Layout:
     precision: str
     kernels: bool = False  # those of a GPU
     reshard_after_forward: bool = True  # FSDP's
+    cuda_graphs: bool = False  # where the network can be recorded
 
     @property
     def keeps_gradients(self) -> bool:
@@ -31,8 +33,8 @@ class Layout:
         return self.accumulate > 1 or (self.ranks > 1 and not self.sharded)
 
 
-def per_gpu(parts: Parts, counted: Step, layout: Layout) -> dict[str, int]:
-    """Bytes by part, at the moment of a step when most is alive."""
+def per_gpu(parts: Parts, counted: Step, layout: Layout, recorded: int = 0) -> dict[str, int]:
+    """Bytes by part, at the moment of a step when most is alive. `recorded`: how many shapes of input have CUDA graphs of their own."""
     weights = size_of(parts.unet)
     own = weights // layout.ranks if layout.sharded else weights
     in_half = layout.kernels and layout.precision == "bf16-mixed"  # TextToVideoModule.setup
@@ -42,6 +44,8 @@ def per_gpu(parts: Parts, counted: Step, layout: Layout) -> dict[str, int]:
         "optimizer": layout.moments * own,
         "frozen encoders": (size_of(parts.autoencoder.model) + size_of(parts.text_encoder.tower)) // (2 if in_half else 1),
     }
+    if recorded:  # each writes its gradients where it wrote them when it was recorded
+        found["gradients inside CUDA graphs"] = recorded * own
     moment = dict(counted.at_peak)
     if layout.sharded:  # gradients lie divided; whole, in 16 bits, are all blocks or those at work and the next, and what belongs to none
         moment["gradients"] = own
@@ -80,6 +84,7 @@ def by_recomputation(parts: Parts, clips: Mapping[str, tuple[int, int, int, int]
     for which in CHECKPOINTING:
         network.gradient_checkpointing = which
         counted = step(parts, clips, precision=layout.precision, keeps_gradients=layout.keeps_gradients, kernels=layout.kernels)
-        found[which] = Mode(per_gpu(parts, counted, layout), counted.operations)
+        recorded = len(clips) if layout.cuda_graphs and which not in UNRECORDABLE else 0
+        found[which] = Mode(per_gpu(parts, counted, layout, recorded), counted.operations)
     network.gradient_checkpointing = before
     return found

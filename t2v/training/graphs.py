@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from t2v.diffusion.recording import uncached_autocast
 
 RECORDING = threading.Lock()  # held while a graph is recorded, and by other threads while they ask CUDA for memory, which would spoil it
+UNRECORDABLE = ("attention", "all")  # recomputation that saves and sets the state of random numbers, as no graph can
 MOST = 4  # shapes; each keeps its own activations
 
 
@@ -56,8 +57,8 @@ def record(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
 
 
 def require_recordable(network: Any) -> None:
-    """ValueError for recomputation that saves and sets the state of random numbers, as no graph can."""
-    if network.gradient_checkpointing in ("attention", "all"):
+    """ValueError for a network whose recomputation cannot be recorded."""
+    if network.gradient_checkpointing in UNRECORDABLE:
         raise ValueError(
             f"module.cuda_graphs=true cannot record unet.gradient_checkpointing={network.gradient_checkpointing}: "
             "use none or elementwise, or module.cuda_graphs=false"

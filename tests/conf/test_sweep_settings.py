@@ -92,3 +92,12 @@ def test_claim_2_compares_equal_compute() -> None:
         assert ("temp_convs" in kinds) == (name in ("motion", "motion_convolution")), name
         assert ("temp_attentions" in kinds) == (name in ("motion", "motion_attention", "motion_positions")), name
     assert max(counted.values()) < 1.05 * min(counted.values()), counted
+
+
+@pytest.mark.parametrize("chosen", [None, "3"])
+def test_jobs_side_by_side_run_on_the_gpu_that_was_chosen(chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    launcher = composed("experiment=shapes", "hydra/launcher=side_by_side", hydra=True).hydra.launcher
+    assert f"export CUDA_VISIBLE_DEVICES={chosen or 0}" in OmegaConf.to_container(launcher, resolve=True)["setup"]

@@ -67,7 +67,7 @@ def test_two_jobs_end_in_their_table(trainings: Trainings, sweep: str) -> None:
             "callbacks.training_log.every_n_steps=2",
         )
     if sweep == "claim2":  # one of them as the records do it: all jobs at once
-        base = (*base, "hydra/launcher=side_by_side", "hydra.launcher.gpus_per_node=0")
+        base = (*base, "hydra/launcher=side_by_side")
     code, output = trainings.run("-m", f"sweep={sweep}", *jobs.split(), base=base)
     assert code == 0, output
     assert len(re.findall(r"^\| [01] \| ", output, re.MULTILINE)) == 2, output

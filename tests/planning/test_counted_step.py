@@ -12,7 +12,7 @@ from t2v.models.autoencoder import SD_CONFIG, Autoencoder, empty_autoencoder
 from t2v.models.text_encoder import TextEncoder, empty_tower
 from t2v.models.unet import VideoUNet
 from t2v.planning.live_bytes import LiveBytes
-from t2v.planning.memory import Layout, micro_batch_that_fits, per_gpu
+from t2v.planning.memory import Layout, by_recomputation, micro_batch_that_fits, per_gpu
 from t2v.planning.step import COPIES, GRADIENTS, Parts, step
 from t2v.training.sharding import size_of
 
@@ -117,6 +117,13 @@ def test_fsdp_divides_what_stays_and_the_micro_batch_that_fits_does_fit() -> Non
     assert [micro_batch_that_fits(of_images, "video", 4, limit) for limit in (100, 99)] == [4, 0]  # the peak says nothing of videos
     smaller = step(made, {"video": (fits, 8, 64, 64)}, precision="bf16-mixed", keeps_gradients=True)
     assert sum(per_gpu(made, smaller, Layout(8, False, 2, 1, "bf16-mixed")).values()) <= limit
+
+
+def test_each_recorded_shape_keeps_gradients() -> None:
+    modes = by_recomputation(parts(), CLIPS, Layout(1, False, 2, 1, "bf16-mixed", cuda_graphs=True))
+    kept = {which: mode.memory.get("gradients inside CUDA graphs") for which, mode in modes.items()}
+    both = len(CLIPS) * size_of(network())
+    assert kept == {"none": both, "elementwise": both, "attention": None, "all": None}  # the last two cannot be recorded
 
 
 class Predicted(nn.Module):

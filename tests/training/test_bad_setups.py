@@ -13,12 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from pytorch_lightning import Trainer
 from ranks import free_port, on_ranks
 from small_training import MadeUpData, fit, small_module, small_unet
 from tiny_model import TinyTextEncoder
 
 from t2v import checkpoint
+from t2v.configuration import config_dir
 from t2v.diffusion.objective import DenoisingLoss
 from t2v.diffusion.sampling import Sampler
 from t2v.diffusion.schedule import NoiseSchedule
@@ -28,6 +32,15 @@ from t2v.training.run import check_port, make_trainer, same_model
 from t2v.training.strategies import FullyShardedStrategy
 
 BATCH = {"image": 2, "video": 2}
+
+
+@pytest.mark.parametrize("callback", ["training_log", "samples", "score", "evaluation", "checkpoints"])
+def test_an_interval_of_no_steps_is_refused(callback: str) -> None:
+    experiment = "shapes_motion" if callback == "evaluation" else "shapes"
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("train", overrides=[f"experiment={experiment}", f"++callbacks.{callback}.every_n_steps=0", "name=test", "run=test"])
+    with pytest.raises(InstantiationException, match=f"callbacks.{callback}.*every_n_steps.* is 0.*at least 1"):
+        instantiate(cfg.callbacks[callback])
 
 
 @pytest.mark.parametrize(("accelerator", "devices"), [("gpu", 8), ("auto", 8)])

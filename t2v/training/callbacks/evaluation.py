@@ -17,6 +17,7 @@ from t2v.evaluation.scores import extractors_of
 from t2v.evaluation.shapes import CheckerFeatures
 from t2v.evaluation.videos import generator
 from t2v.metrics import weights
+from t2v.training.callbacks import at_least_one
 from t2v.training.sharding import is_sharded
 
 
@@ -37,7 +38,8 @@ class Evaluation(Callback):
         paths: Mapping[str, str | None] | None = None,
         cache: str | None = None,
     ) -> None:
-        self.protocol, self.every_n_steps, self.sampler = protocol, every_n_steps, sampler
+        self.protocol, self.sampler = protocol, sampler
+        self.every_n_steps = at_least_one("evaluation.every_n_steps", every_n_steps)
         names = extractors_of(protocol.metrics)
         extractors, _ = weights.load([name for name in names if name != "checker"], paths)
         if "checker" in names:

@@ -11,6 +11,7 @@ from pytorch_lightning import Callback, Trainer
 from torch import Tensor
 
 from t2v.diffusion.sampling import Sampler
+from t2v.training.callbacks import at_least_one
 from t2v.training.sharding import is_sharded
 from t2v.training.tensorboard import add_video
 from t2v.video import contact_sheet, film_strips, write_animation, write_mp4
@@ -31,7 +32,7 @@ class SampleVideos(Callback):
                 "callbacks.samples.prompts is empty: give at least one prompt, or leave the callback out with ~callbacks.samples"
             )
         self.prompts = list(prompts)
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = at_least_one("samples.every_n_steps", every_n_steps)
         self.sampler = sampler
         self.num_frames = num_frames
         self.seed = seed

@@ -19,6 +19,7 @@ from t2v.data.shapes import held_out_specs
 from t2v.diffusion.guidance import ClassifierFreeGuidance
 from t2v.diffusion.sampling import Sampler
 from t2v.pipeline import TextToVideoPipeline
+from t2v.training.callbacks import at_least_one
 from t2v.training.tensorboard import add_text
 
 SCORES = "scores.jsonl"
@@ -60,7 +61,7 @@ class ShapesScore(Callback):
         at_start: bool = False,
     ) -> None:
         self.specs = held_out_specs(num_prompts, seed, kind)  # type: ignore[arg-type]
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = None if every_n_steps is None else at_least_one(f"{name}.every_n_steps", every_n_steps)
         self.sampler = sampler
         self.guidance = None if guidance is None else ClassifierFreeGuidance(guidance)
         self.ema = ema

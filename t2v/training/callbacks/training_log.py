@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from t2v.batch import ClipBatch
+from t2v.training.callbacks import at_least_one
 from t2v.training.operations import autoencoder_tflop, ceiling_tflop_per_s, unet_tflop
 from t2v.training.sharding import is_sharded, local
 
@@ -37,11 +38,9 @@ class TrainingLog(Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, ceiling: float | None = None) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"callbacks.training_log.every_n_steps is {every_n_steps}: it must be at least 1")
         if ceiling is not None and ceiling <= 0:
             raise ValueError(f"callbacks.training_log.ceiling is {ceiling}: it is in TFLOP/s, above 0; leave it out to have it measured")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = at_least_one("training_log.every_n_steps", every_n_steps)
         self.ceiling = ceiling
         self.trained: Counter[Shapes] = Counter()  # samples on this rank since the last log
         self.work: dict[Shapes, float] = {}  # TFLOP of training on one sample
