@@ -47,11 +47,11 @@ IMAGE_PAIRS: tuple[Pair, ...] = tuple((c, s) for c in ALL_COLOURS for s in ALL_S
 MOTION = (("white", "circle"), "black")  # pair and background of the world in which captions differ in direction and speed alone
 
 VIDEO_TEMPLATES = (
-    "a {colour} {shape} moving {direction} {speed} on a {background} background",
-    "a {colour} {shape} moves {speed} {direction} over a {background} background",
-    "on a {background} background, a {colour} {shape} is {speed} moving {direction}",
+    "{a} {colour} {shape} moving {direction} {speed} on a {background} background",
+    "{a} {colour} {shape} moves {speed} {direction} over a {background} background",
+    "on a {background} background, {a} {colour} {shape} is {speed} moving {direction}",
 )
-IMAGE_TEMPLATES = ("a {colour} {shape} on a {background} background", "a picture of a {colour} {shape}, {background} background")
+IMAGE_TEMPLATES = ("{a} {colour} {shape} on a {background} background", "a picture of {a} {colour} {shape}, {background} background")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Spec:
     @property
     def caption(self) -> str:
         words = {
+            "a": "an" if self.colour[0] in "aeiou" else "a",
             "colour": self.colour,
             "shape": self.shape,
             "background": self.background,

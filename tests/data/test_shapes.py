@@ -9,6 +9,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def image_shards(root: Path) -> list[str]:
 def test_the_sentence_of_the_readme_is_in_the_grammar() -> None:
     spec = Spec("red", "circle", "black", "left", "slowly", radius=0.15, x=0.5, y=0.5)
     assert spec.caption == "a red circle moving left slowly on a black background"
+    assert replace(spec, colour="orange").caption == "an orange circle moving left slowly on a black background"
     assert not spec.unseen_pair
     assert not spec.image_only
 
