@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from t2v import checkpoint
 from t2v.diffusion.guidance import ClassifierFreeGuidance
-from t2v.diffusion.randomness import generator_of, normal
+from t2v.diffusion.randomness import generator_of
 from t2v.diffusion.recording import Recordings
 from t2v.diffusion.sampling import Sampler
 from t2v.diffusion.schedule import NoiseSchedule
@@ -123,7 +123,8 @@ class TextToVideoPipeline:
         videos = []
         for first in range(0, len(texts), batch_size):
             rows = slice(first, first + batch_size)
-            noise = normal([("sample", seed, index) for index in indices[rows]], (self.frozen.autoencoder.channels, f, h, w))
+            keys = [("sample", seed, index) for index in indices[rows]]
+            noise = self.sampler.schedule.noise(keys, (self.frozen.autoencoder.channels, f, h, w))
             latents = self.sampler.sample(
                 unet,
                 noise.to(device),

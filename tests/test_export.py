@@ -102,6 +102,9 @@ def test_velocity_travels_to_diffusers_and_is_refused_by_modelscope(model: tuple
     assert checkpoint.read_foreign("diffusers", tmp_path / "diffusers").schedule == velocity
     with pytest.raises(ValueError, match="predicts velocity"):
         modelscope_folder.write(tmp_path / "modelscope", *model, velocity)
+    for folder in (diffusers_folder, modelscope_folder):
+        with pytest.raises(ValueError, match=r"shared_noise=0\.5 cannot be exported"):
+            folder.write(tmp_path / "modelscope", *model, SCHEDULE | {"shared_noise": 0.5})
     assert not (tmp_path / "modelscope").exists()
 
 

@@ -121,10 +121,13 @@ class ModelCard:
         for key in sampler.keys() & {"scheduler", "spacing"}:
             if not isinstance(sampler[key], str):
                 raise CardError(f"sampler.{key} is {_short(sampler[key])}, not a name")
-        schedule = _mapping(card["schedule"], "schedule", required={"num_timesteps", "beta_start", "beta_end"}, optional={"prediction"})
+        of_schedule = {"num_timesteps", "beta_start", "beta_end"}
+        schedule = _mapping(card["schedule"], "schedule", required=of_schedule, optional={"prediction", "shared_noise"})
         _numbers({key: value for key, value in schedule.items() if key != "prediction"}, "schedule", schedule.keys() - {"prediction"})
         if schedule.get("prediction", "noise") not in ("noise", "velocity"):
             raise CardError(f"schedule.prediction is {_short(schedule['prediction'])}, neither noise nor velocity")
+        if not 0 <= schedule.get("shared_noise", 0) < 1:
+            raise CardError(f"schedule.shared_noise is {schedule['shared_noise']}, it must lie in 0 to below 1")
         for where, count in (("sampler.num_steps", sampler["num_steps"]), ("schedule.num_timesteps", schedule["num_timesteps"])):
             if not _is_int(count) or not 1 <= count <= MAX_SIZE:
                 raise CardError(f"{where} is {_short(count)}, it must lie in 1..{MAX_SIZE}")

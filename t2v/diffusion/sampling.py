@@ -39,6 +39,11 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.scheduler not in CLASSES:
             raise ValueError(f"scheduler '{self.scheduler}' is unknown; there are {', '.join(CLASSES)}")
+        if self.stochastic and self.schedule.shared_noise:
+            raise ValueError(
+                f"{self.scheduler} draws noise for each frame alone at every step, but the model was trained with "
+                f"schedule.shared_noise={self.schedule.shared_noise}: use ddim or dpm++"
+            )
         if self.spacing not in ("leading", "trailing"):
             raise ValueError(f"spacing '{self.spacing}' is unknown; there are leading, trailing")
         largest = self.schedule.num_timesteps - (self.scheduler == "dpm++")  # dpm++ divides the schedule into one part more

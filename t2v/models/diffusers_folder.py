@@ -21,11 +21,18 @@ STRUCTURE = ("num_temporal_convs", "num_temporal_attentions", "temporal_position
 START, END, PADDING = "<|startoftext|>", "<|endoftext|>", "<|padding|>"
 
 
+def require_noise_of_each_frame(schedule: Mapping[str, Any]) -> None:
+    """ValueError for a model whose frames share noise: no pipeline but ours would begin with such noise."""
+    if schedule.get("shared_noise"):
+        raise ValueError(f"schedule.shared_noise={schedule['shared_noise']} cannot be exported: elsewhere every frame has noise of its own")
+
+
 def write(folder: Path, unet: nn.Module, frozen: Frozen, schedule: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
     """The whole pipeline into `folder`. `schedule`: NoiseSchedule's arguments. Raises ValueError for what diffusers cannot hold."""
     import diffusers
 
     config = diffusers_config(unet)
+    require_noise_of_each_frame(schedule)
     write_weights(folder / "unet", {"_class_name": "UNet3DConditionModel", **config}, unet.state_dict(), dtype)
     write_autoencoder(folder / "vae", frozen.autoencoder, dtype)
     write_text_encoder(folder / "text_encoder", frozen.text_encoder, dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from t2v.models import autoencoder
-from t2v.models.diffusers_folder import diffusers_config, write_json
+from t2v.models.diffusers_folder import diffusers_config, require_noise_of_each_frame, write_json
 from t2v.models.frozen import Frozen
 from t2v.models.names import ldm_autoencoder_state, modelscope_unet_state
 
@@ -31,6 +31,7 @@ def write(folder: Path, unet: nn.Module, frozen: Frozen, schedule: Mapping[str, 
         )
     if schedule.get("prediction", "noise") != "noise":
         raise ValueError(f"this model predicts {schedule['prediction']}; ModelScope's library knows noise only; export to diffusers")
+    require_noise_of_each_frame(schedule)
     folder.mkdir(parents=True, exist_ok=True)
     training = {"num_timesteps": schedule.get("num_timesteps", 1000), "mean_type": "eps", "var_type": "fixed_small", "loss_type": "mse"}
     write_json(

@@ -204,7 +204,7 @@ class TextToVideoModule(LightningModule):
         with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and not self.frozen_in_bfloat16):
             encoded = self.encode(stream, clips)
         timestep = self.timesteps(self._keys("timestep", stream, clips), self.objective.schedule.num_timesteps)
-        noise = normal(self._keys("noise", stream, clips), encoded.latents.shape[1:])
+        noise = self.objective.schedule.noise(self._keys("noise", stream, clips), encoded.latents.shape[1:])
         timestep, noise = sent(timestep, self.device), sent(noise, self.device)
         losses = self.objective(self.recorded or self.unet, encoded.latents, encoded.text, timestep, noise)  # (b,)
         return MicroBatch(stream, clips.keys, encoded, timestep, noise, losses)

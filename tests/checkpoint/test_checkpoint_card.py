@@ -61,6 +61,7 @@ def test_how_a_network_runs_is_not_stored() -> None:
         ("sampler.scheduler", ["ddim"], "not a name"),
         ("sampler.num_steps", 0, "1..65536"),
         ("schedule.prediction", "sample", "neither noise nor velocity"),
+        ("schedule.shared_noise", 1.5, "0 to below 1"),
         ("schedule.num_timesteps", 1000.0, "1..65536"),
         ("schedule.num_timesteps", 10**9, "1..65536"),
         ("sampler.eta", 0.0, "unknown keys: 'eta'"),

@@ -4,6 +4,8 @@ import pytest
 import torch
 from diffusers.schedulers import DDPMScheduler
 
+from t2v.diffusion.randomness import normal
+from t2v.diffusion.sampling import Sampler
 from t2v.diffusion.schedule import NoiseSchedule
 
 
@@ -40,8 +42,29 @@ def test_precision_follows_the_wider_type() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"num_timesteps": 0}, {"beta_start": 0.0}, {"beta_start": 0.5, "beta_end": 0.1}, {"beta_end": 1.0}, {"prediction": "clip"}],
+    [
+        {"num_timesteps": 0},
+        {"beta_start": 0.0},
+        {"beta_start": 0.5, "beta_end": 0.1},
+        {"beta_end": 1.0},
+        {"prediction": "clip"},
+        {"shared_noise": 1.0},
+    ],
 )
 def test_refusals(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"num_timesteps|beta_start|noise or velocity"):
+    with pytest.raises(ValueError, match=r"num_timesteps|beta_start|noise or velocity|shared_noise is 1.0"):
         NoiseSchedule(**arguments)
+
+
+def test_frames_share_their_part_of_the_noise() -> None:
+    keys, shape = [("noise", 0, index) for index in range(3)], (4, 8, 16, 16)
+    assert torch.equal(NoiseSchedule().noise(keys, shape), normal(keys, shape))
+    schedule = NoiseSchedule(shared_noise=0.4)
+    noise = schedule.noise(keys, shape)  # (b c f h w)
+    assert noise.var().item() == pytest.approx(1, abs=0.05)
+    first, last = noise[:, :, 0].flatten(), noise[:, :, -1].flatten()
+    assert torch.corrcoef(torch.stack([first, last]))[0, 1].item() == pytest.approx(0.4, abs=0.06)
+    assert torch.equal(schedule.noise(keys[2:], shape)[0], noise[2])
+    assert NoiseSchedule(**schedule.config).shared_noise == 0.4
+    with pytest.raises(ValueError, match=r"ddpm.*shared_noise=0.4: use ddim"):
+        Sampler("ddpm", schedule=schedule)

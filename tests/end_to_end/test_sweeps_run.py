@@ -20,6 +20,7 @@ TWO = {  # the first two jobs of each sweep
     "claim3": ("shapes_motion", "init.zero_temporal_outputs=true,false seed=0"),
     "claim4": ("shapes_motion", "unet.num_temporal_convs=1,8 seed=0"),
     "dropout": ("shapes_motion", "module.caption_dropout=0,0.2 seed=0"),
+    "noise": ("shapes_motion", "schedule.shared_noise=0,0.5 seed=0"),
     "timesteps": ("shapes_motion", "timesteps=uniform,shifted seed=0"),
     "images": ("shapes_gpu", "mixture.image_weight=0,0.125"),
     "guidance": ("shapes", "sampler.guidance.scale=1,9"),
