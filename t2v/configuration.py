@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from t2v.pipeline import TextToVideoPipeline
 
+STARTED_BY = os.getppid()  # remembered: it may be gone when this rank fails, too
 IGNORED_IN_RUN_NAMES = (
     "resume",
     "run",
@@ -239,10 +240,10 @@ def _first_says_it(seconds: float = 10) -> bool:
 
     if first_process():
         return False
-    parent, until = os.getppid(), time.monotonic() + seconds
-    while time.monotonic() < until and os.getppid() == parent:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and os.getppid() == STARTED_BY:
         time.sleep(0.1)
-    return os.getppid() != parent
+    return os.getppid() != STARTED_BY
 
 
 def _near_matches(message: str) -> str:

@@ -47,7 +47,7 @@ class SweepTable(Callback):
         row = {
             "job": int(config.hydra.job.num),
             "overrides": " ".join(job_return.overrides or []),
-            "metric": str(config.get("metric")),
+            "metric": str(config.get("metric") or "no metric"),
             "value": job_return.return_value if finished else None,
             "result": "" if finished else type(getattr(job_return, "_return_value", None)).__name__,
             "folder": str(config.hydra.runtime.output_dir),

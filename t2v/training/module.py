@@ -274,8 +274,13 @@ class TextToVideoModule(LightningModule):
         return checkpoint.describe(self.unet, self.frozen, self.sampler, sample=self.sample, step=step)
 
     def on_train_start(self) -> None:
-        sharded = isinstance(self.trainer.strategy, FullyShardedStrategy)  # what it gathers lies elsewhere in every step
-        if self.cuda_graphs and self.device.type == "cuda" and not sharded:
+        if self.cuda_graphs and isinstance(self.trainer.strategy, FullyShardedStrategy):
+            if self.trainer.is_global_zero:
+                print(
+                    "graphs   none: strategy=fsdp gathers weights to another place in every step, where no CUDA graph finds them",
+                    flush=True,
+                )
+        elif self.cuda_graphs and self.device.type == "cuda":
             self.record_network()
             self.forget_gradients()
         lay_out_like_parameters(self.trainer.optimizers[0])

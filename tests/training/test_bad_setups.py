@@ -122,9 +122,11 @@ from t2v.configuration import _exit_with
 configuration._first_says_it = functools.partial(configuration._first_says_it, 3)
 if len(sys.argv) > 1:
     os.environ["LOCAL_RANK"] = "1"
+    print("connected", flush=True)
+    time.sleep(float(sys.argv[1]))
     _exit_with(OSError("no such file"))
-subprocess.Popen([sys.executable, __file__, "second"])
-time.sleep(1)
+for after in ("0", "1"):  # one fails while the first is still there, one when it is gone
+    subprocess.Popen([sys.executable, __file__, after], stdout=subprocess.PIPE).stdout.readline()
 _exit_with(OSError("no such file"))
 """
 
@@ -135,5 +137,5 @@ def test_one_of_several_ranks_speaks(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr == "error: no such file\n"
-    alone = subprocess.run([sys.executable, script, "second"], capture_output=True, text=True)
+    alone = subprocess.run([sys.executable, script, "0"], capture_output=True, text=True)
     assert alone.stderr == "error: no such file\n"  # nobody else failed: it is this rank's own

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_training import small_module, small_unet
+from ranks import on_ranks
+from small_training import MadeUpData, fit, small_module, small_unet
 from torch import Tensor
 
 from t2v.training import graphs
 from t2v.training.graphs import MOST, RecordedNetwork, own_gradients
+from t2v.training.mixture import JointMixture
+from t2v.training.strategies import FullyShardedStrategy
+
+BATCH = {"image": 2, "video": 2}
 
 
 def inputs(b: int, device: str = "cpu", dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,3 +85,16 @@ def test_a_replay_is_the_network_on_a_gpu() -> None:
             found.append((loss, *torch.autograd.grad(loss, list(network.parameters()))))
         for x, y in zip(*found, strict=True):
             torch.testing.assert_close(x, y, rtol=2e-2, atol=1e-3)
+
+
+def said_under_fsdp(folder: Path) -> str:
+    module, said = small_module(cuda_graphs=True), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        fit(module, MadeUpData(BATCH, BATCH, JointMixture()), folder, strategy=FullyShardedStrategy())
+    assert module.recorded is None
+    return said.getvalue()
+
+
+def test_sharded_networks_are_not_recorded_and_it_is_said(tmp_path: Path) -> None:
+    (said,) = on_ranks(said_under_fsdp, 1, tmp_path, tmp_path)
+    assert "graphs   none: strategy=fsdp" in said
