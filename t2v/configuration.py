@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from t2v.pipeline import TextToVideoPipeline
 
-STARTED_BY = os.getppid()  # remembered: it may be gone when this rank fails, too
 IGNORED_IN_RUN_NAMES = (
     "resume",
     "run",
@@ -46,6 +45,17 @@ IGNORED_IN_RUN_NAMES = (
 
 class UserError(ValueError):
     """Something that the user can mend; the message says what and how."""
+
+
+STARTED_BY = os.getppid()  # remembered: it may be gone when this rank fails, too
+
+
+def _remember_what_started_this() -> None:
+    global STARTED_BY
+    STARTED_BY = os.getppid()
+
+
+os.register_at_fork(after_in_child=_remember_what_started_this)
 
 
 def config_dir() -> Path:

@@ -181,7 +181,8 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
     trained = sum(parameter.numel() for parameter in parts.unet.parameters())
     frozen = sum(p.numel() for module in (parts.autoencoder.model, parts.text_encoder.tower) for p in module.parameters())
     print(f"network  {trained:,} parameters trained, {frozen:,} frozen")
-    sharded = HydraConfig.get().runtime.choices["strategy"] == "fsdp" and steps.world > 1
+    fsdp = HydraConfig.get().runtime.choices["strategy"] == "fsdp"
+    sharded = fsdp and steps.world > 1
     layout = Layout(
         steps.world,
         sharded,
@@ -190,7 +191,7 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
         str(cfg.trainer.precision),
         kernels=bool(cfg.hardware.gpu),
         reshard_after_forward=not sharded or cfg.strategy.reshard_after_forward,
-        cuda_graphs=cfg.module.cuda_graphs and bool(cfg.hardware.gpu) and not sharded,
+        cuda_graphs=cfg.module.cuda_graphs and bool(cfg.hardware.gpu) and not fsdp,
     )
     weights = size_of(parts.unet)
     checkpoint = (2 + layout.moments) * weights

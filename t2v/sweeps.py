@@ -85,7 +85,7 @@ def without_seed(parts: Sequence[str]) -> str:
 def measured(row: Mapping[str, Any], columns: Sequence[str]) -> list[float | None]:
     """The sweep's metric, then the columns, of a finished job."""
     path = Path(row["folder"]) / "results.json"
-    metrics = json.loads(path.read_text())["metrics"] if columns and row["value"] is not None and path.is_file() else {}
+    metrics = json.loads(path.read_text())["metrics"] if columns and not row["result"] and path.is_file() else {}
     return [row["value"], *(metrics.get(name) for name in columns)]
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from t2v.data.checker import NONE, Score, Seen, compare, look, truths, wilson
+from t2v.data.checker import NONE, Score, Seen, compare, look, truths
 from t2v.data.shape_world import Spec
 from t2v.data.shapes import held_out_specs
 from t2v.pipeline import TextToVideoPipeline
@@ -14,7 +14,7 @@ from t2v.pipeline import TextToVideoPipeline
 # Colour right in 13 of the 16 videos or more, motion in 15 or more, and direction as good as experiments/shapes_gpu/README.md says of this
 # model, within its interval.
 COLOUR, MOVING = 13, 15
-DIRECTION = (0.989, 1.0)
+DIRECTION = 15  # the record says .998 (.989-1.000) of 512: at .989, fewer than 15 of 16 come in one of 75 draws
 
 pytestmark = pytest.mark.slow
 
@@ -43,6 +43,4 @@ def test_most_videos_move(made: tuple[list[Spec], list[Seen], Score]) -> None:
 
 def test_directions_are_as_good_as_the_record_says(made: tuple[list[Spec], list[Seen], Score]) -> None:
     _, _, score = made
-    low, high = wilson(score["direction"].right, score["direction"].n)
-    assert low <= DIRECTION[1], score
-    assert high >= DIRECTION[0], score
+    assert score["direction"].right >= DIRECTION, score

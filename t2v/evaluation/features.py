@@ -82,7 +82,7 @@ class FeatureStore:
                     kept.__dict__["root"] = file.get_tensor("root")
                     return kept
             except (SafetensorError, OSError):
-                path.unlink()
+                path.unlink(missing_ok=True)  # another rank may have been first
         fitted = moments(self.read(total).flatten(0, -2))
         tensors = {"mean": fitted.mean, "covariance": fitted.covariance, "root": fitted.root, "count": torch.tensor(fitted.count)}
         replace_file(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))

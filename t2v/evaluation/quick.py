@@ -39,8 +39,7 @@ class GatheredFeatures(GatheredMetric):
 class QuickEvaluation:
     """`evaluate(generate, rank, world)` -> {"val/fvd_n256": ...}, equal on all ranks. Names carry the number of videos.
 
-    `cache`: folder that keeps the features of the real clips, shared by runs. `last`: generated videos by row, the first of this rank's,
-    for showing.
+    `cache`: folder that keeps the features of the real clips, shared by runs.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class QuickEvaluation:
         self.real: dict[str, Tensor] | None = None
         self.references: dict[str, Moments] = {}  # of the real clips, fitted once
         self.texts: Tensor | None = None
-        self.last: dict[int, Tensor] = {}
 
     def __call__(self, generate: Generate, rank: int = 0, world: int = 1, device: torch.device | str = "cpu") -> dict[str, float]:
         """Collective: all ranks must call it. `device` is where features are computed and gathered (a GPU under NCCL)."""
@@ -81,12 +79,10 @@ class QuickEvaluation:
     def _features(self, generate: Generate, rank: int, world: int, device: torch.device | str) -> dict[str, Tensor]:
         total, size = len(self.manifest), self.protocol.chunk
         gathered: dict[str, GatheredFeatures] = {}
-        self.last = {}
         for rows in equal_chunks(total, size, rank, world):
             with together(device):
                 chosen = [self.manifest.rows[index] for index in rows]
                 videos = checked(generate([row.caption for row in chosen], [row.noise_seed for row in chosen]), rows)
-                self.last.setdefault(rows.start, videos[0].cpu().clone())
                 for name, extractor in self.extractors.items():
                     features = extractor(videos.to(device))
                     if name not in gathered:
@@ -128,8 +124,9 @@ def equal_chunks(total: int, size: int, rank: int, world: int) -> list[range]:
 
 @contextmanager
 def together(device: torch.device | str) -> Iterator[None]:
-    """What fails inside on any rank ends in an error on all at its end: the failure itself where it happened, elsewhere a RuntimeError that
-    names it. Collective: every rank must come to its end, or raise OutOfStep."""
+    """What fails inside on any rank ends in an error on all at its end: the failure itself where it happened; elsewhere one that names
+    it, a ValueError if the user can mend it (ValueError, OSError), else a RuntimeError. Collective: every rank must come to its end, or
+    raise OutOfStep."""
     failure: Exception | None = None
     try:
         yield
@@ -141,10 +138,11 @@ def together(device: torch.device | str) -> Iterator[None]:
         failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
         dist.all_reduce(failed, dist.ReduceOp.MAX)
         if failed.item():
-            said: list[str | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(said, None if failure is None else f"{type(failure).__name__}: {failure}")
+            said: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
+            mendable = isinstance(failure, ValueError | OSError)
+            dist.all_gather_object(said, None if failure is None else (f"{type(failure).__name__}: {failure}", mendable))
             if failure is None:
-                rank, text = next((rank, text) for rank, text in enumerate(said) if text is not None)
-                raise RuntimeError(f"the evaluation failed on rank {rank}: {text}")
+                rank, (text, mendable) = next((rank, words) for rank, words in enumerate(said) if words is not None)
+                raise (ValueError if mendable else RuntimeError)(f"the evaluation failed on rank {rank}: {text}")
     if failure is not None:
         raise failure

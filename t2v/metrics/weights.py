@@ -175,7 +175,7 @@ def _built(build: Callable[[], Extractor], file: Found | None) -> Extractor:
     except (RuntimeError, ValueError) as error:
         if file is None or isinstance(error, WeightsError):
             raise
-        first = str(error).splitlines()[0].rstrip(":")  # PyTorch goes on with every tensor's name
+        first = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")  # PyTorch goes on with every tensor's name
         raise WeightsError(
             f"{file.path} does not hold the weights of {file.name}: {first}. Fetch it again ({SOURCES.get(file.name, 'see check=true')})"
         ) from error

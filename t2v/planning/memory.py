@@ -24,7 +24,7 @@ class Layout:
     accumulate: int
     precision: str
     kernels: bool = False  # those of a GPU
-    reshard_after_forward: bool = True  # FSDP's
+    reshard_after_forward: bool = False  # FSDP's
     cuda_graphs: bool = False  # where the network can be recorded
 
     @property
@@ -47,13 +47,14 @@ def per_gpu(parts: Parts, counted: Step, layout: Layout, recorded: int = 0) -> d
     if recorded:  # each writes its gradients where it wrote them when it was recorded
         found["gradients inside CUDA graphs"] = recorded * own
     moment = dict(counted.at_peak)
-    if layout.sharded:  # gradients lie divided; whole, in 16 bits, are all blocks or those at work and the next, and what belongs to none
+    if layout.sharded:  # gradients lie divided; whole are all blocks or those at work and the next, and what belongs to none
         moment["gradients"] = own
         moment.pop(COPIES, None)
         gathered = sorted(sum(map(size_of, blocks)) for blocks in gathered_together(parts.unet))
         outside = weights - sum(gathered)
         whole = sum(gathered[-2:] if layout.reshard_after_forward else gathered) + outside
-        found["weights gathered by FSDP"] = whole // 2 + gathered[-1]  # + the whole gradients of those at work
+        travelling = whole // 2 if layout.precision == "bf16-mixed" else whole  # FullyShardedStrategy.precision_policy
+        found["weights gathered by FSDP"] = travelling + gathered[-1]  # + the whole gradients of those at work
     return found | moment
 
 

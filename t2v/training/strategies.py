@@ -25,7 +25,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     checkpoint folders are those of every other strategy. Runs on CPUs too.
     """
 
-    def __init__(self, timeout_minutes: float = 30, reshard_after_forward: bool = True) -> None:
+    def __init__(self, timeout_minutes: float = 30, reshard_after_forward: bool = False) -> None:
         super().__init__(timeout=timedelta(minutes=timeout_minutes))
         self.reshard_after_forward = reshard_after_forward
 

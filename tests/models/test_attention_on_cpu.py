@@ -26,7 +26,7 @@ def same(a: Tensor, b: Tensor, leaves: list[Tensor]) -> None:
 @pytest.mark.parametrize("words", [5, 16, 17, 77, 80])
 def test_any_number_of_keys_is_attention_with_gradients(words: int) -> None:
     q, k, v = tokens(2, 9, 3, 8), tokens(2, words, 3, 8), tokens(2, words, 3, 8) * 2
-    leaves = [q, k]
+    leaves = [q, k, v]
     same(attend(q, k, v), plain(q, k, v), leaves)
 
 

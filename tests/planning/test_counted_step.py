@@ -102,13 +102,17 @@ def test_fsdp_divides_what_stays_and_the_micro_batch_that_fits_does_fit() -> Non
     made = parts()
     clips = {"video": CLIPS["video"]}
     counted = step(made, clips, precision="bf16-mixed", keeps_gradients=True)
-    whole, divided = (per_gpu(made, counted, Layout(8, sharded, 2, 1, "bf16-mixed")) for sharded in (False, True))
+    whole, divided = (
+        per_gpu(made, counted, Layout(8, sharded, 2, 1, "bf16-mixed", reshard_after_forward=True)) for sharded in (False, True)
+    )
     for part in ("weights (float32)", "average of the weights", "optimizer", "gradients"):
         assert divided[part] == pytest.approx(whole[part] / 8, rel=0.05)
     assert divided["activations of videos"] == whole["activations of videos"]
-    kept = per_gpu(made, counted, Layout(8, True, 2, 1, "bf16-mixed", reshard_after_forward=False))
+    kept = per_gpu(made, counted, Layout(8, True, 2, 1, "bf16-mixed"))
     gathered = "weights gathered by FSDP"
     assert divided[gathered] < kept[gathered]
+    in_float32 = per_gpu(made, counted, Layout(8, True, 2, 1, "32-true"))
+    assert in_float32[gathered] - kept[gathered] == pytest.approx(whole["weights (float32)"] / 2, rel=0.01)
     assert whole["weights (float32)"] / 2 <= kept[gathered] <= whole["weights (float32)"]
     limit = int(0.7 * sum(whole.values()))
     fits = micro_batch_that_fits(whole, "video", 4, limit)

@@ -128,15 +128,18 @@ def test_a_full_disk_in_the_thread_keeps_the_older_checkpoint(
 
 
 def test_one_job_at_a_time() -> None:
-    background, order = Background(), []
+    background, order, looked = Background(), [], threading.Event()
 
     def job(name: str) -> None:
         time.sleep(0.05)
+        if name == "c":
+            looked.wait(60)
         order.append(name)
 
     for name in "abc":
         background.start(lambda name=name: job(name), in_thread=True)  # type: ignore[misc]
     assert order == ["a", "b"]
+    looked.set()
     background.wait()
     assert order == ["a", "b", "c"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,3 +99,18 @@ def said_under_fsdp(folder: Path) -> str:
 def test_sharded_networks_are_not_recorded_and_it_is_said(tmp_path: Path) -> None:
     (said,) = on_ranks(said_under_fsdp, 1, tmp_path, tmp_path)
     assert "graphs   none: strategy=fsdp" in said
+
+
+@pytest.mark.parametrize("strategy", ["DDPStrategy", "SingleDeviceStrategy"])
+def test_every_other_strategy_records(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pytorch_lightning.strategies as strategies
+
+    module, recorded = small_module(cuda_graphs=True), []
+    trainer = SimpleNamespace(strategy=object.__new__(getattr(strategies, strategy)), world_size=2, optimizers=[None])
+    monkeypatch.setattr(type(module), "trainer", trainer)
+    monkeypatch.setattr(type(module), "device", torch.device("cuda"))
+    monkeypatch.setattr(module, "record_network", lambda: recorded.append(True))
+    monkeypatch.setattr(module, "forget_gradients", lambda: None)
+    monkeypatch.setattr("t2v.training.module.lay_out_like_parameters", lambda optimizer: None)
+    module.on_train_start()
+    assert recorded == [True]

@@ -37,7 +37,7 @@ class Clock:
 
 def step(log: TrainingLog, trainer: Any, clock: Clock, batch: dict[str, ClipBatch]) -> None:
     micro_batches = []
-    for stream, clips in batch.items():
+    for stream, clips in reversed(batch.items()):  # videos first, as training_step does
         latents = torch.zeros(len(clips), 4, clips.frames.shape[1], 4, 4)
         encoded = LatentBatch(latents, torch.zeros(len(clips), 7, 32), clips.indices)
         timestep = torch.zeros(len(clips), dtype=torch.long)

@@ -72,7 +72,8 @@ class TrainingLog(Callback):
                 self._write_examples(trainer, clips.bad_examples)
         micro_batches = module.micro_batches[-len(batch) :]
         self.losses += [(m.stream, m.timestep[: len(m.losses)], m.losses) for m in micro_batches]
-        for m, clips in zip(micro_batches, batch.values(), strict=True):
+        for m in micro_batches:
+            clips = batch[m.stream]
             shapes = tuple(m.encoded.latents.shape[1:]), tuple(m.encoded.text.shape[1:]), not clips.frames.is_floating_point()
             self.trained[shapes] += len(clips)
         step = trainer.global_step
