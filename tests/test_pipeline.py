@@ -1,5 +1,6 @@
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from t2v.diffusion.guidance import ClassifierFreeGuidance
 from t2v.diffusion.randomness import normal
 from t2v.diffusion.recording import CUDAGraphs
 from t2v.diffusion.sampling import Sampler
+from t2v.diffusion.schedule import NoiseSchedule
 from t2v.models.autoencoder import Autoencoder
 from t2v.models.frozen import Frozen
 from t2v.models.text_encoder import TextEncoder
@@ -93,6 +95,13 @@ def test_the_first_prompts_noise_is_that_of_a_single_prompt(pipeline: TextToVide
 def test_one_set_of_weights_makes_any_number_of_frames(pipeline: TextToVideoPipeline, frames: int) -> None:
     video = pipeline(PROMPTS[0], num_frames=frames, height=16, width=16)
     assert video.shape == (frames, 16, 16, 3)
+
+
+def test_it_begins_with_the_noise_of_the_models_schedule(unet: VideoUNet, pipeline: TextToVideoPipeline) -> None:
+    shared = TextToVideoPipeline(
+        unet, pipeline.frozen, replace(pipeline.sampler, schedule=NoiseSchedule(shared_noise=0.9)), sample=pipeline.sample
+    )
+    assert not torch.equal(shared("a dog", num_frames=2), pipeline("a dog", num_frames=2))
 
 
 def test_global_random_state_is_left_alone(pipeline: TextToVideoPipeline) -> None:

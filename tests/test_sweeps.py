@@ -64,3 +64,11 @@ def test_means_are_compared_with_those_of_a_reference(tmp_path: Path) -> None:
     ]
     assert lines[8] == "| how=plain | score/sign | 0.5 | 0 |  |  |  |"
     assert "No job is how=other" in comparison(rows, [], "how=other")
+
+
+def test_jobs_without_a_metric_show_their_columns(tmp_path: Path) -> None:
+    rows = [
+        job(tmp_path, k, f"unet={'ab'[k]}", **{"score/all": 0.0, "score/sign": 0.5}) | {"metric": "no metric", "value": None}
+        for k in range(2)
+    ]
+    assert table(rows, ["score/sign"]).splitlines()[2].startswith("| 0 | unet=a | - | 0.5 |")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from ranks import free_port, on_ranks
 from small_training import MadeUpData, fit, small_module, small_unet
 from tiny_model import TinyTextEncoder
 
-from t2v import checkpoint
+from t2v import checkpoint, configuration
 from t2v.configuration import config_dir
 from t2v.diffusion.objective import DenoisingLoss
 from t2v.diffusion.sampling import Sampler
@@ -139,3 +140,11 @@ def test_one_of_several_ranks_speaks(tmp_path: Path) -> None:
     assert result.stderr == "error: no such file\n"
     alone = subprocess.run([sys.executable, script, "0"], capture_output=True, text=True)
     assert alone.stderr == "error: no such file\n"  # nobody else failed: it is this rank's own
+
+
+def test_a_forked_rank_knows_what_started_it() -> None:
+    known = multiprocessing.get_context("fork").SimpleQueue()
+    process = multiprocessing.get_context("fork").Process(target=lambda: known.put(configuration.STARTED_BY))
+    process.start()
+    assert known.get() == os.getpid()
+    process.join()

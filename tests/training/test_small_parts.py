@@ -12,6 +12,8 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from small_training import MadeUpData, fit, small_module, small_unet
 from torch import nn
 
+from t2v.diffusion.objective import DenoisingLoss
+from t2v.diffusion.schedule import NoiseSchedule
 from t2v.training.callbacks import training_log
 from t2v.training.datamodules import FirstStep
 from t2v.training.ema import EMA
@@ -154,3 +156,12 @@ def test_frozen_parts_in_bfloat16_run_without_autocast(monkeypatch: pytest.Monke
         losses = module.predict("video", clips).losses
     assert found == [not in_bfloat16]
     assert torch.isfinite(losses).all()
+
+
+def test_training_noise_is_that_of_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = NoiseSchedule(shared_noise=0.5)
+    module = small_module(unet=small_unet().float(), objective=DenoisingLoss(schedule))
+    monkeypatch.setattr(type(module), "global_step", 0)
+    clips = MadeUpData({"video": 1}, {"video": 1}, JointMixture()).clips("video", [0])
+    noise = module.predict("video", clips).noise
+    assert torch.equal(noise, schedule.noise([(module.seed, "noise", 0, "video", 0)], noise.shape[1:]))
