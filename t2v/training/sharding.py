@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from t2v.checkpoint import Piece
@@ -43,6 +43,18 @@ def gathered_together(network: nn.Module) -> list[list[nn.Module]]:
         else:
             together.append([block])
     return together
+
+
+def make_room_for_gathering(network: nn.Module) -> None:
+    """Before a network that is trained is sampled: the tensors into which its weights are gathered are made outside inference mode.
+
+    FSDP makes them at the first gathering and keeps them, with or without memory. From sampling, whose inference mode they would then bear
+    for ever, no backward pass could use them. Every rank must call it; a network that is not sharded stays as it is.
+    """
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()  # one piece at a time
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from t2v.diffusion.guidance import ClassifierFreeGuidance
 from t2v.diffusion.sampling import Sampler
 from t2v.pipeline import TextToVideoPipeline
 from t2v.training.callbacks import at_least_one
+from t2v.training.sharding import make_room_for_gathering
 from t2v.training.tensorboard import add_text
 
 SCORES = "scores.jsonl"
@@ -116,6 +117,7 @@ class ShapesScore(Callback):
         if self.guidance is not None:
             pipeline.sampler = replace(pipeline.sampler, guidance=self.guidance)
         if not self.ema:
+            make_room_for_gathering(module.unet)
             pipeline.unet = module.unet
         captions = [self.specs[i].caption for i in mine]
         with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context(), at_rest(pipeline.unet):
