@@ -82,7 +82,7 @@ def trained_weights_scored(folder: Path, scored: bool) -> list[float]:
     """The trained network's weights after two steps under FSDP, scored before the first and between them, or never."""
     module, scores = small_module(), [ShapesScore(2, every_n_steps=1, ema=False, at_start=True)] if scored else []
     fit(module, MadeUpData(BATCH, BATCH, JointMixture()), folder, strategy=FullyShardedStrategy(), world=2, callbacks=scores)
-    return [float(parameter.full_tensor().sum()) for parameter in module.unet.parameters()]  # type: ignore[operator]
+    return [float(parameter.detach().full_tensor().sum()) for parameter in module.unet.parameters()]  # type: ignore[operator]
 
 
 def test_a_training_under_fsdp_does_not_see_that_its_weights_were_scored(tmp_path: Path) -> None:
