@@ -167,8 +167,7 @@ def shards_of(node: DictConfig) -> list[str]:
 def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro: list[dict[str, int]], found: list[Finding]) -> None:
     from t2v.planning import findings, report
     from t2v.planning.length import Length
-    from t2v.planning.memory import GIB, Layout, by_recomputation, micro_batch_that_fits
-    from t2v.training.graphs import UNRECORDABLE
+    from t2v.planning.memory import GIB, Layout, by_recomputation, micro_batch_that_fits, ways_that_fit
     from t2v.training.sharding import size_of
 
     parts = build(cfg, found)
@@ -220,9 +219,7 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
             print(f"  gradient_checkpointing={which:<12}{sum(mode.memory.values()) / GIB:8.1f} GiB; each alone up to {room}")
             if which == chosen:
                 mends += [f"micro_batch.{stream}={size}" for stream, size in most.items() if size > 0]
-            elif sum(mode.memory.values()) <= limit:
-                graphs = " module.cuda_graphs=false" if layout.cuda_graphs and which in UNRECORDABLE else ""
-                mends.append(f"unet.gradient_checkpointing={which}{graphs}")
+        mends += ways_that_fit(modes, chosen, layout.cuda_graphs, limit)
         found += findings.memory(sum(memory.values()), limit, cfg.hardware.name, mends)
 
     length = Length(steps, cfg.trainer.max_steps, operations, cfg.hardware.tflops)

@@ -12,6 +12,7 @@ from t2v.training.graphs import UNRECORDABLE
 from t2v.training.sharding import gathered_together, size_of
 
 GIB = 2**30
+GRAPHS = "gradients inside CUDA graphs"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def per_gpu(parts: Parts, counted: Step, layout: Layout, recorded: int = 0) -> d
         "frozen encoders": (size_of(parts.autoencoder.model) + size_of(parts.text_encoder.tower)) // (2 if in_half else 1),
     }
     if recorded:  # each writes its gradients where it wrote them when it was recorded
-        found["gradients inside CUDA graphs"] = recorded * own
+        found[GRAPHS] = recorded * own
     moment = dict(counted.at_peak)
     if layout.sharded:  # gradients lie divided; whole are all blocks or those at work and the next, and what belongs to none
         moment["gradients"] = own
@@ -89,3 +90,18 @@ def by_recomputation(parts: Parts, clips: Mapping[str, tuple[int, int, int, int]
         found[which] = Mode(per_gpu(parts, counted, layout, recorded), counted.operations)
     network.gradient_checkpointing = before
     return found
+
+
+def ways_that_fit(modes: Mapping[str, Mode], chosen: str, cuda_graphs: bool, limit: int) -> list[str]:
+    """Overrides with which the same micro-batch takes at most `limit` bytes: another way of recomputation; without CUDA graphs, where there
+    are some (`cuda_graphs`), only where they cannot be or do not fit."""
+    ways = []
+    for which, mode in modes.items():
+        changes = [] if which == chosen else [f"unet.gradient_checkpointing={which}"]
+        total = sum(mode.memory.values())
+        if cuda_graphs and (which in UNRECORDABLE or total > limit):
+            total -= mode.memory.get(GRAPHS, 0)
+            changes.append("module.cuda_graphs=false")
+        if changes and total <= limit:
+            ways.append(" ".join(changes))
+    return ways

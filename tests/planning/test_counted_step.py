@@ -12,7 +12,7 @@ from t2v.models.autoencoder import SD_CONFIG, Autoencoder, empty_autoencoder
 from t2v.models.text_encoder import TextEncoder, empty_tower
 from t2v.models.unet import VideoUNet
 from t2v.planning.live_bytes import LiveBytes
-from t2v.planning.memory import Layout, by_recomputation, micro_batch_that_fits, per_gpu
+from t2v.planning.memory import GRAPHS, Layout, Mode, by_recomputation, micro_batch_that_fits, per_gpu, ways_that_fit
 from t2v.planning.step import COPIES, GRADIENTS, Parts, step
 from t2v.training.sharding import size_of
 
@@ -125,9 +125,22 @@ def test_fsdp_divides_what_stays_and_the_micro_batch_that_fits_does_fit() -> Non
 
 def test_each_recorded_shape_keeps_gradients() -> None:
     modes = by_recomputation(parts(), CLIPS, Layout(1, False, 2, 1, "bf16-mixed", cuda_graphs=True))
-    kept = {which: mode.memory.get("gradients inside CUDA graphs") for which, mode in modes.items()}
+    kept = {which: mode.memory.get(GRAPHS) for which, mode in modes.items()}
     both = len(CLIPS) * size_of(network())
     assert kept == {"none": both, "elementwise": both, "attention": None, "all": None}  # the last two cannot be recorded
+
+
+def test_what_fits_is_offered_with_all_that_it_takes() -> None:
+    sizes = {"none": (90, 20), "elementwise": (70, 20), "attention": (50, 0), "all": (20, 0)}  # the last two cannot be recorded
+    recorded = {which: Mode({"activations": own, GRAPHS: kept}, {}) for which, (own, kept) in sizes.items()}
+    off, to = "module.cuda_graphs=false", "unet.gradient_checkpointing="
+    each_unrecorded = [f"{to}attention {off}", f"{to}all {off}"]
+    assert ways_that_fit(recorded, "none", True, 100) == [off, f"{to}elementwise", *each_unrecorded]
+    assert ways_that_fit(recorded, "none", True, 89) == [f"{to}elementwise {off}", *each_unrecorded]
+    assert ways_that_fit(recorded, "elementwise", True, 89) == [off, *each_unrecorded]
+    assert ways_that_fit(recorded, "none", True, 49) == each_unrecorded[1:]
+    plain = {which: Mode({"activations": own}, {}) for which, (own, _) in sizes.items()}
+    assert ways_that_fit(plain, "none", False, 70) == [f"{to}{which}" for which in ("elementwise", "attention", "all")]
 
 
 class Predicted(nn.Module):
