@@ -180,8 +180,7 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
     trained = sum(parameter.numel() for parameter in parts.unet.parameters())
     frozen = sum(p.numel() for module in (parts.autoencoder.model, parts.text_encoder.tower) for p in module.parameters())
     print(f"network  {trained:,} parameters trained, {frozen:,} frozen")
-    fsdp = HydraConfig.get().runtime.choices["strategy"] == "fsdp"
-    sharded = fsdp and steps.world > 1
+    sharded = fully_sharded(cfg) and steps.world > 1
     layout = Layout(
         steps.world,
         sharded,
@@ -190,7 +189,7 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
         str(cfg.trainer.precision),
         kernels=bool(cfg.hardware.gpu),
         reshard_after_forward=not sharded or cfg.strategy.reshard_after_forward,
-        cuda_graphs=cfg.module.cuda_graphs and bool(cfg.hardware.gpu) and not fsdp,
+        cuda_graphs=cfg.module.cuda_graphs and bool(cfg.hardware.gpu) and not fully_sharded(cfg),
     )
     weights = size_of(parts.unet)
     checkpoint = (2 + layout.moments) * weights
@@ -281,12 +280,17 @@ def build(cfg: DictConfig, found: list[Finding]) -> Parts | None:
     return parts
 
 
+def fully_sharded(cfg: DictConfig) -> bool:
+    """Where nothing is recorded, whatever module.cuda_graphs says."""
+    return not isinstance(cfg.strategy, str) and type_name(cfg.strategy) == "FullyShardedStrategy"
+
+
 def ways_to_run(unet: Any, cfg: DictConfig) -> None:
     """Raises ValueError where the network cannot be recorded or compiled as the configuration asks for."""
     from t2v.training.compiling import require_compilable
     from t2v.training.graphs import require_recordable
 
-    if cfg.module.cuda_graphs:
+    if cfg.module.cuda_graphs and not fully_sharded(cfg):
         require_recordable(unet)
     if cfg.module.compile is not None:
         require_compilable(unet, cfg.module.compile, cfg.module.cuda_graphs)

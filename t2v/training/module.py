@@ -87,8 +87,6 @@ class TextToVideoModule(LightningModule):
         self.temporal_lr_factor = temporal_lr_factor
         self.seed = seed
         self.cuda_graphs = cuda_graphs
-        if cuda_graphs:
-            require_recordable(unet)
         self.compiler = compile  # a backend of torch.compile
         if compile is not None:
             require_compilable(unet, compile, cuda_graphs)
@@ -102,6 +100,8 @@ class TextToVideoModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device  # the module itself is moved later
+        if self.cuda_graphs and not isinstance(self.trainer.strategy, FullyShardedStrategy):
+            require_recordable(self.unet)
         if self.compiler is not None:
             require_compiler(self.compiler, device)
         self.frozen_in_bfloat16 = device.type == "cuda" and self.trainer.precision_plugin.precision == "bf16-mixed"

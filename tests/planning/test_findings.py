@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 from t2v.configuration import config_dir
-from t2v.plan import examine, plan
+from t2v.models.spatio_temporal import CHECKPOINTING
+from t2v.plan import examine, plan, ways_to_run
 from t2v.planning.findings import Finding, ranks_of_the_mixture, readers_and_shards, run_folder, sizes
 from t2v.planning.length import Length
 from t2v.planning.report import counted, duration
@@ -128,6 +130,33 @@ def test_plan_of_a_wrong_set_up(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         "mend: paths.experiments=FOLDER",
     ):
         assert words in printed, (words, printed)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "errors", "mends"),
+    [
+        (("strategy=single",), 1, ["module.cuda_graphs=false", *(f"{which} module.cuda_graphs=false" for which in CHECKPOINTING[1:])]),
+        (("strategy=fsdp", "unet.gradient_checkpointing=all"), 0, []),
+    ],
+)
+def test_memory_that_graphs_take(overrides: Any, errors: int, mends: list[str], tmp_path: Path) -> None:
+    """One GPU; a network that fits without what graphs keep of its gradients, and under FSDP there are none."""
+    network = "unet.block_out_channels=[512]", "unet.down_block_types=[DownBlock3D]", "unet.up_block_types=[UpBlock3D]"
+    memory = "batch={image: 1, video: 1}", "hardware=h200", "hardware.memory_gib=1.3", "hardware.usable=1"
+    places = f"paths.experiments={tmp_path}", f"paths.data={tmp_path}"
+    found: list[Finding] = []
+    examine(composed("experiment=shapes", "trainer=gpu", *network, "unet.num_temporal_convs=1", *memory, *overrides, *places), found)
+    wrong = [finding for finding in found if finding.error]
+    assert len(wrong) == errors
+    offered = [mend.removeprefix("unet.gradient_checkpointing=") for finding in wrong for mend in finding.mend.split(" or ")]
+    assert [mend for mend in offered if not mend.startswith("micro_batch")] == mends
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
+def test_where_networks_are_recorded_recomputation_that_cannot_be_is_refused(strategy: str) -> None:
+    unet = SimpleNamespace(gradient_checkpointing="all")
+    with pytest.raises(ValueError, match=r"module\.cuda_graphs=true cannot record unet\.gradient_checkpointing=all"):
+        ways_to_run(unet, composed("experiment=shapes", "trainer=gpu", f"strategy={strategy}"))
 
 
 def test_missing_keys_are_findings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,12 +62,14 @@ def test_gradients_of_their_own_are_zero_and_stay_where_they_are() -> None:
 
 
 @pytest.mark.parametrize("which", ["attention", "all"])
-def test_what_cannot_be_recorded_is_refused(which: str) -> None:
+def test_what_cannot_be_recorded_is_refused(which: str, tmp_path: Path) -> None:
+    """Before the networks have memory, and wherever they are recorded after all."""
+    module = small_module(unet=small_unet(gradient_checkpointing=which), cuda_graphs=True)
+    module.configure_model = lambda: pytest.fail("networks with memory")
     with pytest.raises(ValueError, match=f"cuda_graphs=true.*gradient_checkpointing={which}.*elementwise"):
-        small_module(unet=small_unet(gradient_checkpointing=which), cuda_graphs=True)
+        fit(module, MadeUpData(BATCH, BATCH, JointMixture()), tmp_path)
     with pytest.raises(ValueError, match="cannot record"):
         small_module(unet=small_unet(gradient_checkpointing=which)).record_network()
-    assert small_module(unet=small_unet(gradient_checkpointing="elementwise"), cuda_graphs=True).recorded is None  # before the training
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -89,7 +91,8 @@ def test_a_replay_is_the_network_on_a_gpu() -> None:
 
 
 def said_under_fsdp(folder: Path) -> str:
-    module, said = small_module(cuda_graphs=True), io.StringIO()
+    """With recomputation that could not be recorded."""
+    module, said = small_module(unet=small_unet(gradient_checkpointing="all"), cuda_graphs=True), io.StringIO()
     with contextlib.redirect_stdout(said):
         fit(module, MadeUpData(BATCH, BATCH, JointMixture()), folder, strategy=FullyShardedStrategy())
     assert module.recorded is None
