@@ -27,6 +27,9 @@ from t2v.configuration import config_dir
 from t2v.diffusion.objective import DenoisingLoss
 from t2v.diffusion.sampling import Sampler
 from t2v.diffusion.schedule import NoiseSchedule
+from t2v.training.callbacks.evaluation import Evaluation
+from t2v.training.callbacks.samples import SampleVideos
+from t2v.training.callbacks.shapes_score import ShapesScore
 from t2v.training.checkpoints import Checkpoints
 from t2v.training.mixture import JointMixture
 from t2v.training.run import check_port, make_trainer, same_model
@@ -42,6 +45,16 @@ def test_an_interval_of_no_steps_is_refused(callback: str) -> None:
         cfg = compose("train", overrides=[f"experiment={experiment}", f"++callbacks.{callback}.every_n_steps=0", "name=test", "run=test"])
     with pytest.raises(InstantiationException, match=f"callbacks.{callback}.*every_n_steps.* is 0.*at least 1"):
         instantiate(cfg.callbacks[callback])
+
+
+@pytest.mark.parametrize("kind", [SampleVideos, ShapesScore, Evaluation])
+def test_a_sampler_that_does_not_go_with_the_schedule_is_refused_before_anything_is_built(kind: Any, tmp_path: Path) -> None:
+    callback = object.__new__(kind)  # an evaluation's constructor reads weights
+    callback.sampler = Sampler("ddpm", num_steps=2)
+    module = small_module(objective=DenoisingLoss(NoiseSchedule(shared_noise=0.4)))
+    module.configure_model = lambda: pytest.fail("networks with memory")  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"ddpm draws noise.*shared_noise=0\.4: use ddim or dpm\+\+"):
+        fit(module, MadeUpData(BATCH, BATCH, JointMixture()), tmp_path, callbacks=[callback])
 
 
 @pytest.mark.parametrize(("accelerator", "devices"), [("gpu", 8), ("auto", 8)])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Trainer
 from torch import Tensor
 
 from t2v.diffusion.sampling import Sampler
@@ -17,11 +17,11 @@ from t2v.evaluation.scores import extractors_of
 from t2v.evaluation.shapes import CheckerFeatures
 from t2v.evaluation.videos import generator
 from t2v.metrics import weights
-from t2v.training.callbacks import at_least_one
+from t2v.training.callbacks import SamplingCallback, at_least_one
 from t2v.training.sharding import is_sharded
 
 
-class Evaluation(Callback):
+class Evaluation(SamplingCallback):
     """Every `every_n_steps` optimizer steps and at the end: `val/fvd_n256` and the like; the number is that of the videos.
 
     Every rank generates and measures the same number of videos. The networks' weights and the real clips are found before the first step.

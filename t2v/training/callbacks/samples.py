@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Trainer
 from torch import Tensor
 
 from t2v.diffusion.sampling import Sampler
-from t2v.training.callbacks import at_least_one
+from t2v.training.callbacks import SamplingCallback, at_least_one
 from t2v.training.sharding import is_sharded
 from t2v.training.tensorboard import add_video
 from t2v.video import contact_sheet, film_strips, write_animation, write_mp4
 
 
-class SampleVideos(Callback):
+class SampleVideos(SamplingCallback):
     """Every `every_n_steps` optimizer steps and at the end, with the EMA weights and always the same noise per prompt.
 
     Rank 0 samples while the others wait at the next collective; where the network is sharded all ranks do it together. Nothing is swapped,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, Trainer
+from pytorch_lightning import Trainer
 from torch import nn
 
 from t2v.data.checker import Score, Seen, compare, look, truths
@@ -19,7 +19,7 @@ from t2v.data.shapes import held_out_specs
 from t2v.diffusion.guidance import ClassifierFreeGuidance
 from t2v.diffusion.sampling import Sampler
 from t2v.pipeline import TextToVideoPipeline
-from t2v.training.callbacks import at_least_one
+from t2v.training.callbacks import SamplingCallback, at_least_one
 from t2v.training.sharding import make_room_for_gathering
 from t2v.training.tensorboard import add_text
 
@@ -37,7 +37,7 @@ def at_rest(network: nn.Module) -> Iterator[None]:
         network.train(training)
 
 
-class ShapesScore(Callback):
+class ShapesScore(SamplingCallback):
     """At the end, and every `every_n_steps` optimizer steps if given, score `num_prompts` held-out prompts.
 
     `kind` is the deck of `held_out_specs`: "mixed" holds unseen colour-shape pairs among the seen ones. Ranks generate a part each.
