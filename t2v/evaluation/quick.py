@@ -23,6 +23,7 @@ from t2v.evaluation.videos import Generate, real_videos
 from t2v.metrics.features import Extractor
 from t2v.metrics.frechet import Moments
 from t2v.metrics.gathered import GatheredMetric
+from t2v.ranks import connected, from_all
 
 
 class OutOfStep(RuntimeError):
@@ -134,13 +135,12 @@ def together(device: torch.device | str) -> Iterator[None]:
         raise
     except Exception as error:  # handed to the other ranks, then raised
         failure = error
-    if dist.is_available() and dist.is_initialized():
+    if connected():
         failed = torch.tensor([failure is not None], dtype=torch.int32, device=device)
         dist.all_reduce(failed, dist.ReduceOp.MAX)
         if failed.item():
-            said: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
             mendable = isinstance(failure, ValueError | OSError)
-            dist.all_gather_object(said, None if failure is None else (f"{type(failure).__name__}: {failure}", mendable))
+            said = from_all(None if failure is None else (f"{type(failure).__name__}: {failure}", mendable))
             if failure is None:
                 rank, (text, mendable) = next((rank, words) for rank, words in enumerate(said) if words is not None)
                 raise (ValueError if mendable else RuntimeError)(f"the evaluation failed on rank {rank}: {text}")

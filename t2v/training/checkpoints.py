@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 
 from t2v import checkpoint as folder_format
 from t2v.checkpoint import AutoencoderCard, CheckpointWriteError, ModelCard, Piece, step_folder
+from t2v.ranks import from_all
 from t2v.training.background import Background, HostCopies
 from t2v.training.sharding import is_sharded, piece_of
 
@@ -212,9 +213,7 @@ def lay_out_like_parameters(optimizer: Optimizer) -> None:
 
 def _check_start(trainer: Trainer) -> None:
     """Raise ValueError on every rank unless all of them continue from the same step."""
-    steps: list[Any] = [trainer.global_step] * trainer.world_size
-    if trainer.world_size > 1:
-        dist.all_gather_object(steps, trainer.global_step)
+    steps = from_all(trainer.global_step)
     other = next((rank for rank, step in enumerate(steps) if step != steps[0]), None)
     if other is not None:
         raise ValueError(

@@ -10,7 +10,6 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.utilities import CombinedLoader
 
@@ -20,6 +19,7 @@ from t2v.data.loader import ClipLoader
 from t2v.data.progress import Progress
 from t2v.data.readers import ClipStream
 from t2v.models.frozen import Frozen
+from t2v.ranks import from_all
 from t2v.training.mixture import JointMixture, Role, StepPlan
 from t2v.training.prefetch import Prefetched
 
@@ -135,10 +135,7 @@ class MixtureDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The position of every virtual reader, gathered from the ranks that host them. All ranks must call it together."""
         mine = {name: module.progress.state_dict() for name, module in self.modules.items()}
-        if not (dist.is_available() and dist.is_initialized()):
-            return {name: Progress.merge([state]) for name, state in mine.items()}
-        ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, mine)
+        ranks = from_all(mine)
         return {name: Progress.merge([states[name] for states in ranks]) for name in self.modules}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from t2v.batch import LatentBatch
+from t2v.ranks import from_all
 from t2v.training.sharding import is_sharded, local
 
 
@@ -114,10 +115,7 @@ def explain(model: Model, verdict: Verdict) -> str:
     elif (gradient := first_bad_gradient(model, verdict.norms)) is not None:
         samples = ", ".join(key for m in verdict.micro_batches for key in m.keys)
         finding = f"the loss is finite but the gradient of {gradient} is not; samples {samples}"
-    findings: list[Any] = [finding]
-    if dist.is_available() and dist.is_initialized():
-        findings *= dist.get_world_size()
-        dist.all_gather_object(findings, finding)
+    findings = from_all(finding)
     of_losses = [f"{one} (rank {rank})" if len(findings) > 1 else one for rank, one in enumerate(findings) if one]
     return min(of_losses, key=lambda one: "the loss is finite" in one, default="the norm of the gradient is not finite, but no gradient is")
 

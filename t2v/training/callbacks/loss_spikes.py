@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning import Callback, Trainer
 
+from t2v.ranks import connected, from_all
 from t2v.training.mixture import STREAMS
 from t2v.training.nan_watch import MicroBatch
 
@@ -48,7 +49,7 @@ class LossSpikes(Callback):
         table = torch.zeros(len(STREAMS), 2, device=device)  # sum and count
         for m in micro_batches:
             table[STREAMS.index(m.stream)] += torch.stack([m.losses.sum(), m.losses.new_tensor(len(m.losses))])
-        if _distributed():
+        if connected():
             dist.all_reduce(table)
         return {stream: total / count for stream, (total, count) in zip(STREAMS, table.tolist()) if count}
 
@@ -56,10 +57,7 @@ class LossSpikes(Callback):
         """Every rank comes here or none."""
         mine = [m for m in micro_batches if m.stream == stream]
         rows = [row for m in mine for row in zip(m.losses.tolist(), m.keys, m.timestep[: len(m.keys)].tolist())]
-        ranks: list[Any] = [sorted(rows, reverse=True)[: self.samples]]
-        if _distributed():
-            ranks *= dist.get_world_size()
-            dist.all_gather_object(ranks, ranks[0])
+        ranks = from_all(sorted(rows, reverse=True)[: self.samples])
         highest = sorted((row for rank in ranks for row in rank), reverse=True)[: self.samples]
         if trainer.is_global_zero:
             worst = [{"loss": loss, "key": key, "timestep": timestep} for loss, key, timestep in highest]
@@ -68,7 +66,3 @@ class LossSpikes(Callback):
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             print(f"warning: step {trainer.global_step}: {stream} loss {mean:.3g}, usually {usual:.3g}; see {path}", file=sys.stderr)
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()

@@ -19,6 +19,7 @@ from t2v.data.shapes import held_out_specs
 from t2v.diffusion.guidance import ClassifierFreeGuidance
 from t2v.diffusion.sampling import Sampler
 from t2v.pipeline import TextToVideoPipeline
+from t2v.ranks import from_all
 from t2v.training.callbacks import SamplingCallback, at_least_one
 from t2v.training.sharding import make_room_for_gathering
 from t2v.training.tensorboard import add_text
@@ -122,9 +123,5 @@ class ShapesScore(SamplingCallback):
         captions = [self.specs[i].caption for i in mine]
         with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context(), at_rest(pipeline.unet):
             videos = pipeline(captions, seed=self.seed, indices=mine, batch_size=self.batch_size, num_frames=self.num_frames)
-        parts: list[Any] = [videos]
-        if world > 1:
-            parts = [None] * world
-            torch.distributed.all_gather_object(parts, videos)
-        in_order = {i: video for rank, part in enumerate(parts) for i, video in zip(range(rank, n, world), part)}
+        in_order = {i: video for rank, part in enumerate(from_all(videos)) for i, video in zip(range(rank, n, world), part)}
         return [in_order[i] for i in range(n)]

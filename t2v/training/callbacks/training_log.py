@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from t2v.batch import ClipBatch
+from t2v.ranks import connected
 from t2v.training.callbacks import at_least_one
 from t2v.training.operations import autoencoder_tflop, ceiling_tflop_per_s, unet_tflop
 from t2v.training.sharding import is_sharded, local
@@ -91,7 +92,7 @@ class TrainingLog(Callback):
         self.losses.clear()
         counted_in, done = self._count(module)
         seen = torch.tensor([float(self.seen["image"]), float(self.seen["video"]), done], device=module.device)
-        if _distributed():
+        if connected():
             dist.all_reduce(seen)
         for group in trainer.optimizers[0].param_groups:
             scalars[f"optimizer/lr_{group['name']}"] = group["lr"]
@@ -141,10 +142,6 @@ class TrainingLog(Callback):
         self.bad = Counter({(source, reason): count for source, reason, count in state_dict["bad"]})
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _mean_losses(losses: list[tuple[str, Tensor, Tensor]], num_timesteps: int, device: torch.device) -> dict[str, float]:
     """Means over all samples of all ranks since the last log. Sums and counts travel, so that uneven shares weigh by count."""
     names = [f"loss/{stream}" for stream in ("image", "video")]
@@ -157,7 +154,7 @@ def _mean_losses(losses: list[tuple[str, Tensor, Tensor]], num_timesteps: int, d
         rows = 2 + s * QUANTILES + (timesteps.cpu() * QUANTILES // num_timesteps)
         table[:, 0].index_add_(0, rows, values)
         table[:, 1].index_add_(0, rows, torch.ones_like(values))
-    if _distributed():
+    if connected():
         on_device = table.float().to(device)
         dist.all_reduce(on_device)
         table = on_device.double().cpu()
