@@ -15,7 +15,7 @@ from torch import Tensor
 
 from t2v.evaluation.features import FeatureStore, Videos, extract, identity
 from t2v.evaluation.page import write_page
-from t2v.evaluation.protocol import Dataset, Manifest, Protocol, digest, select
+from t2v.evaluation.protocol import Dataset, Manifest, Protocol, select
 from t2v.evaluation.results import Results, summary
 from t2v.evaluation.scores import check_protocol, distance_extractors, environment, extractors_of, measure, reference_extractors
 from t2v.evaluation.videos import Generate, VideoFolder, generated_videos, read_strip, real_videos, strip_path
@@ -75,11 +75,10 @@ class Evaluator:
         return self._measure(folder.videos(), subject, {**details, "lossless": folder.lossless}, generated=False)
 
     def reference_stores(self) -> dict[str, FeatureStore]:
-        stores = {}
-        for name in reference_extractors(self.protocol.metrics):
-            settings = {"videos": self.manifest.videos_sha256, "extractor": identity(self.used[name]), "chunk": self.protocol.chunk}
-            stores[name] = FeatureStore(self.cache / f"{self.dataset.name}-{name}-{digest(settings)[:16]}", settings)
-        return stores
+        return {
+            name: FeatureStore.of_real_clips(self.cache, self.dataset, self.manifest, self.used[name], name, self.protocol.chunk)
+            for name in reference_extractors(self.protocol.metrics)
+        }
 
     def _measure(self, videos: Videos, subject: str, details: Mapping[str, Any], generated: bool) -> Results | None:
         made = {

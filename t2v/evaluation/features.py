@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from t2v.evaluation.protocol import digest, replace_file
+from t2v.evaluation.protocol import Dataset, Manifest, digest, replace_file
 from t2v.metrics.features import Extractor
 from t2v.metrics.frechet import Moments, moments
 from t2v.metrics.gathered import chunks, deduplicated
@@ -39,6 +39,12 @@ class FeatureStore:
             found = json.loads(path.read_text())
             differ = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
             raise ValueError(f"{folder} holds features of something else (differs in {differ}): use another output folder, or remove it.")
+
+    @classmethod
+    def of_real_clips(cls, cache: Path, dataset: Dataset, manifest: Manifest, extractor: Extractor, name: str, chunk: int) -> FeatureStore:
+        """The one in `cache` for which any evaluation looks that measures the same videos with the same network, called `name`."""
+        settings = {"videos": manifest.videos_sha256, "extractor": identity(extractor), "chunk": chunk}
+        return cls(cache / f"{dataset.name}-{name}-{digest(settings)[:16]}", settings)
 
     def path(self, rows: range, chunk: int) -> Path:
         return self.folder / f"{rows.start // chunk:05d}.safetensors"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from t2v.evaluation.features import FeatureStore, checked, extract, identity
-from t2v.evaluation.protocol import Dataset, Protocol, digest, select
+from t2v.evaluation.protocol import Dataset, Protocol, select
 from t2v.evaluation.scores import check_protocol, distance_extractors, extractors_of, measure, reference_extractors
 from t2v.evaluation.videos import Generate, real_videos
 from t2v.metrics.features import Extractor
@@ -99,8 +99,7 @@ class QuickEvaluation:
             stores: dict[str, FeatureStore] = {}
             with together(device):
                 for name in names:
-                    settings = {"videos": self.manifest.videos_sha256, "extractor": identity(self.extractors[name]), "chunk": size}
-                    stores[name] = FeatureStore(self.cache / f"{self.dataset.name}-{name}-{digest(settings)[:16]}", settings)
+                    stores[name] = FeatureStore.of_real_clips(self.cache, self.dataset, self.manifest, self.extractors[name], name, size)
                 videos = real_videos(self.dataset, self.manifest, self.protocol)
                 extract(videos, [self.extractors[name] for name in names], list(stores.values()), total, size, device, rank, world)
             with together(device):  # what all ranks have written

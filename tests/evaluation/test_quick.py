@@ -94,10 +94,11 @@ def test_three_ranks_equal_one_with_equal_work_and_fail_together(msrvtt_folder: 
 def test_names_carry_the_count_and_numbers_are_the_evaluators(msrvtt_folder: Path, msrvtt: MsrVtt, tmp_path: Path) -> None:
     scores = quick(msrvtt_folder, tmp_path / "cache")(Painter())
     assert {"val/fvd_n13", "val/kvd_n13", "val/clipsim_n13", "val/dynamics_n13", "val/still_videos_n13"} <= set(scores)
-    networks = {"i3d": Grid(), "clip_vit_b32": FrameGrid(), "motion": MotionFeatures()}
+    networks: dict[str, Any] = {"i3d": Grid(), "clip_vit_b32": FrameGrid(), "motion": MotionFeatures()}
     whole = Evaluator(protocol(companions=False), msrvtt, networks, tmp_path / "out", tmp_path / "cache").of_model(Painter(), "painter", {})
     assert whole is not None
     assert {f"val/{score.name}": score.value for score in whole.scores} == scores
+    assert networks["i3d"].calls == 4  # of what is generated, 13 videos in chunks of 4: the real clips' features are those of the training
 
 
 def test_real_clips_are_read_once(msrvtt_folder: Path, tmp_path: Path) -> None:
