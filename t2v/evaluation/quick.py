@@ -3,7 +3,7 @@
 Every rank calls `generate` equally often, so that sharded models (whose forward passes are collective) do not hang; rows that are made
 twice for that reason count once. Ranks agree after every chunk, so that an exception on one becomes an error on all, not an endless wait.
 What fails inside an exchange, in the forward pass of a sharded model, cannot be agreed upon: `generate` says so with OutOfStep, which is
-raised at once, and whatever started the ranks ends the others with it.
+raised at once, and the others end with its process.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from t2v.checkpoint import AutoencoderCard, ModelCard
 from t2v.training import slurm
 from t2v.training.callbacks.samples import SampleVideos
 from t2v.training.checkpoints import Checkpoints, FolderCheckpointIO
+from t2v.training.orphans import end_with_what_started_this
 from t2v.training.slurm import first_process
 from t2v.training.tensorboard import add_text
 
@@ -150,6 +151,7 @@ def train(
 
     `trainer` and `loggers` are called once the checkpoint is known; `config` is the resolved configuration as text.
     """
+    end_with_what_started_this()
     checkpoint = resume_from(resume, folder)
     step = None
     if checkpoint is not None:

@@ -38,9 +38,8 @@ def test_killed_run_continues_bit_for_bit(trainings: Trainings) -> None:
 
 def test_ctrl_c_saves_and_a_second_writer_is_refused(trainings: Trainings) -> None:
     command = ("run=stopped", "trainer.max_steps=500", "lr_schedule.total_steps=500", "loader.num_workers=0")
-    process = trainings.start(*command, "callbacks.checkpoints.every_n_steps=2")
     first = trainings.checkpoint("stopped", 2)
-    try:
+    with trainings.start(*command, "callbacks.checkpoints.every_n_steps=2") as process:
         while not first.exists():
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.05)
@@ -49,8 +48,6 @@ def test_ctrl_c_saves_and_a_second_writer_is_refused(trainings: Trainings) -> No
         assert f"pid {process.pid}" in output.strip().splitlines()[-1]
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=120)[0]
-    finally:
-        process.kill()
     assert process.returncode == 128 + signal.SIGINT, output
     assert "stopped by SIGINT after step" in output
     step = int(output.split("after step ")[1].split(";")[0])

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from process_groups import process_group
 
 pytestmark = pytest.mark.slow
 NINE = (
@@ -28,30 +30,25 @@ class Evaluations:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def start(self, output: str, *more: str) -> subprocess.Popen[str]:
+    def start(self, output: str, *more: str) -> AbstractContextManager[subprocess.Popen[str]]:
         command = [sys.executable, "-m", "t2v.evaluate", *NINE, "steps=4", "device=cpu", "cache=cache", f"output={output}", *more]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(
-            command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
+        return process_group(command, cwd=self.folder, env=environment)
 
     def run(self, output: str, *more: str) -> dict[str, Any]:
-        process = self.start(output, *more)
-        said, _ = process.communicate(timeout=240)
+        with self.start(output, *more) as process:
+            said, _ = process.communicate(timeout=240)
         assert process.returncode == 0, said
         return json.loads((self.folder / output / "results.json").read_text())
 
     def kill_after_chunk(self, chunk: int, output: str, *more: str, rank: int | None = None) -> int:
         """SIGKILL as soon as a chunk is measured, to the command or to one of its ranks; its exit status."""
-        process = self.start(output, *more)
-        try:
+        with self.start(output, *more) as process:
             while not (self.folder / output / "features" / "shapes" / f"{chunk:05d}.safetensors").exists():
                 assert process.poll() is None, process.communicate()[0]
                 time.sleep(0.005)
             os.kill(process.pid if rank is None else rank_of(process, rank), signal.SIGKILL)
             process.communicate(timeout=60)
-        finally:
-            process.kill()
         assert not (self.folder / output / "results.json").exists()
         return process.returncode
 

@@ -9,8 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from process_groups import process_group
 
 SMALL = (
     "experiment=shapes",
@@ -41,35 +44,27 @@ class Trainings:
         flags = [override for override in overrides if override.startswith("-")]
         return [sys.executable, "-m", "t2v.train", *flags, *base, *paths, *(name for name in overrides if name not in flags)]
 
-    def start(self, *overrides: str, base: tuple[str, ...] = SMALL) -> subprocess.Popen[str]:
+    def start(self, *overrides: str, base: tuple[str, ...] = SMALL) -> AbstractContextManager[subprocess.Popen[str]]:
+        """A group of its own, which ends with the context."""
         environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"} | {"OMP_NUM_THREADS": "1"}
-        command = self.command(*overrides, base=base)
-        return subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=self.folder,
-            env=environment,
-            start_new_session=True,  # a group of its own, for stop_when
-        )
+        return process_group(self.command(*overrides, base=base), cwd=self.folder, env=environment)
 
     def run(self, *overrides: str, base: tuple[str, ...] = SMALL) -> tuple[int, str]:
-        process = self.start(*overrides, base=base)
-        output, _ = process.communicate(timeout=240)
+        with self.start(*overrides, base=base) as process:
+            output, _ = process.communicate(timeout=240)
         return process.returncode, output
 
     def stop_when(self, condition: Callable[[], bool], number: signal.Signals, *overrides: str) -> tuple[int, str]:
         """Send a signal as soon as the condition holds: SIGKILL to the training alone, others to its workers too, as SLURM does."""
-        process = self.start(*overrides)
-        while not condition():
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.02)
-        if number == signal.SIGKILL:
-            process.kill()
-        else:
-            os.killpg(process.pid, number)
-        output, _ = process.communicate(timeout=240)
+        with self.start(*overrides) as process:
+            while not condition():
+                assert process.poll() is None, process.communicate()[0]
+                time.sleep(0.02)
+            if number == signal.SIGKILL:
+                process.kill()
+            else:
+                os.killpg(process.pid, number)
+            output, _ = process.communicate(timeout=240)
         return process.returncode, output
 
     def checkpoint(self, run: str, step: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +35,27 @@ class Breaks(ShapesFeatures):
         return super().__call__(videos)
 
 
-class BreaksOnRankOne(Evaluation):
-    """`where`: extractor, or generate, where a network runs that may be divided between the ranks."""
+class BreaksOnOneRank(Evaluation):
+    """`where`: extractor, or generate, where a network runs that may be divided between the ranks. `deaf`: there the others wait for ever,
+    as they do inside an exchange under NCCL, which does not tell them that a rank has gone (gloo does)."""
 
-    def __init__(self, where: str = "extractor", **arguments: Any) -> None:
+    def __init__(self, where: str = "extractor", rank: int = 1, deaf: bool = False, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.where = where
+        self.where, self.rank, self.deaf = where, rank, deaf
 
     def evaluate(self, trainer: Trainer, module: Any) -> str:
-        if trainer.global_rank == 1:
-            if self.where == "extractor":
-                whole = self.measure.extractors["shapes"]
-                assert isinstance(whole, ShapesFeatures)
-                self.measure.extractors["shapes"] = Breaks(whole.network, whole.weights)
-            else:
-                network = module.pipeline(self.sampler).unet
+        broken = trainer.global_rank == self.rank
+        if self.where == "extractor" and broken:
+            whole = self.measure.extractors["shapes"]
+            assert isinstance(whole, ShapesFeatures)
+            self.measure.extractors["shapes"] = Breaks(whole.network, whole.weights)
+        if self.where == "generate":
 
-                def breaks(*arguments: Any) -> None:
+            def breaks(*arguments: Any) -> None:
+                if broken:
                     raise ValueError("no memory in this block")
+                if self.deaf:
+                    time.sleep(3600)
 
-                network.mid_block.register_forward_pre_hook(breaks)
+            module.pipeline(self.sampler).unet.mid_block.register_forward_pre_hook(breaks)
         return super().evaluate(trainer, module)
