@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 import yaml
 
 from t2v.benchmark import table
+from t2v.benchmarks import measuring
 from t2v.benchmarks import train as module
 from t2v.benchmarks.measuring import attempt, timed
 from t2v.benchmarks.random_parts import SMALL
@@ -59,13 +59,19 @@ def test_the_optimizer_is_the_configured_one() -> None:
     assert configured == {"_target_": "torch.optim.AdamW", "_partial_": True, **OPTIMIZER}
 
 
-def test_rounds_end_with_the_time() -> None:
-    began = time.perf_counter()
-    timing = timed(lambda: time.sleep(0.02), CPU, rounds=1000, seconds=0.2)
-    assert time.perf_counter() - began < 1
-    assert 1 <= len(timing.milliseconds) < 20
-    assert 20 <= timing.row["low_ms"] <= timing.median_ms <= timing.row["high_ms"]
-    assert len(timed(lambda: None, CPU, rounds=3, seconds=5).milliseconds) == 3
+def test_rounds_end_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+
+    def call() -> None:
+        nonlocal now
+        now += 0.25
+
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now)
+    timing = timed(call, CPU, rounds=1000, seconds=2)  # after the first call: two to warm up, then six
+    assert (timing.milliseconds, timing.first_s) == ((250,) * 6, 0.25)
+    assert timing.row["low_ms"] == timing.median_ms == timing.row["high_ms"] == 250
+    assert len(timed(call, CPU, rounds=3, seconds=50).milliseconds) == 3
+    assert len(timed(call, CPU, rounds=3, seconds=0.1).milliseconds) == 1  # not even the warm-up has time
 
 
 def test_out_of_memory_is_a_result_and_other_errors_are_ours() -> None:

@@ -221,41 +221,39 @@ def test_config_is_plain_and_rebuilds_the_network() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"attention_head_dim": 24}, ["32", "24"]),
-        ({"norm_num_groups": 12}, ["32", "12"]),
-        ({"block_out_channels": (32, 64, 64)}, ["3", "2"]),
-        ({"down_block_types": ("DownBlock3D", "Foo")}, ["Foo"]),
-        ({"act_fn": "gelu"}, ["gelu", "silu"]),
-        ({"attention_backend": "flash9"}, ["flash9", "sdpa"]),
-        ({"temporal_positions": "rotary"}, ["rotary", "sinusoidal"]),
-        ({"num_temporal_convs": -1}, ["-1"]),
-        ({"temporal_dropout": 1.5}, ["1.5"]),
-        ({"gradient_checkpointing": "some"}, ["some", "attention"]),
-        ({"num_attention_heads": 8}, ["attention_head_dim"]),
-        ({"cross_attention_dim": 0}, ["0"]),
+        ({"attention_head_dim": 24}, "block_out_channels[0]=32 is not a multiple of attention_head_dim=24"),
+        ({"norm_num_groups": 12}, "block_out_channels[0]=32 is not a multiple of norm_num_groups=12"),
+        ({"block_out_channels": (32, 64, 64)}, "equally long, not 3, 2 and 2"),
+        ({"down_block_types": ("DownBlock3D", "Foo")}, "unknown block type 'Foo'"),
+        ({"act_fn": "gelu"}, "act_fn='gelu' is not supported: the released model and SD 2.1 use 'silu'"),
+        ({"attention_backend": "flash9"}, "attention_backend='flash9' is not one of sdpa"),
+        ({"temporal_positions": "rotary"}, "temporal_positions='rotary' is neither None nor 'sinusoidal'"),
+        ({"num_temporal_convs": -1}, "num_temporal_convs=-1 must be at least 0"),
+        ({"temporal_dropout": 1.5}, "temporal_dropout=1.5 must lie in [0, 1)"),
+        ({"gradient_checkpointing": "some"}, "gradient_checkpointing='some' is not one of none, elementwise, attention, all"),
+        ({"num_attention_heads": 8}, "use attention_head_dim for the heads"),
+        ({"cross_attention_dim": 0}, "cross_attention_dim=0 must be at least 1"),
     ],
 )
-def test_bad_structures_are_refused_with_both_numbers(changes: dict, words: list[str]) -> None:
-    with pytest.raises(ValueError, match=words[0]) as caught, torch.device("meta"):
+def test_bad_structures_are_refused_with_both_numbers(changes: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)), torch.device("meta"):
         VideoUNet(**{**TWO_LEVELS, **changes})
-    assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_bad_inputs_are_refused_with_both_numbers() -> None:
     unet = VideoUNet(**TWO_LEVELS)
     sample, timestep, text = inputs(2, 2, 8, 8, dtype=torch.float32)
     for args, words in (
-        ((sample[:, :3], timestep, text), ["4", "3"]),
-        ((sample[:, :, :0], timestep, text), ["0", "1"]),
-        ((sample, timestep, text[..., :10]), ["24", "10"]),
-        ((sample, timestep, text[:1]), ["1 texts", "2 videos"]),
-        ((sample, timestep, torch.cat([text, text[:1]])), ["3 texts", "2 videos"]),
-        ((sample, timestep, text[:0]), ["0 texts", "2 videos"]),
-        ((sample[0], timestep, text), ["(4, 2, 8, 8)"]),
+        ((sample[:, :3], timestep, text), "sample must be (b 4 f h w), but its shape is (2, 3, 2, 8, 8)"),
+        ((sample[:, :, :0], timestep, text), "sample has shape (2, 4, 0, 8, 8): a video needs at least 1 frame"),
+        ((sample, timestep, text[..., :10]), "must be (b n 24), cross_attention_dim=24, but its shape is (2, 7, 10)"),
+        ((sample, timestep, text[:1]), "1 texts for 2 videos"),
+        ((sample, timestep, torch.cat([text, text[:1]])), "3 texts for 2 videos"),
+        ((sample, timestep, text[:0]), "0 texts for 2 videos"),
+        ((sample[0], timestep, text), "sample must be (b 4 f h w), but its shape is (4, 2, 8, 8)"),
     ):
-        with pytest.raises(ValueError, match=re.escape(words[0])) as caught:
+        with pytest.raises(ValueError, match=re.escape(words)):
             unet(*args)
-        assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_temporal_projections_are_the_only_zero_linears() -> None:

@@ -32,6 +32,12 @@ def composed(*overrides: str) -> Any:
     return cfg
 
 
+@pytest.fixture(autouse=True)
+def hydra_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `composed` sets ends with the test."""
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+
+
 def mends(found: list[Finding]) -> dict[str, bool]:
     return {finding.mend: finding.error for finding in found}
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import UNET
 from torch import nn
 
 from t2v.batch import ClipBatch, LatentBatch
@@ -15,15 +16,6 @@ from t2v.training.callbacks.training_log import TrainingLog
 from t2v.training.nan_watch import MicroBatch, NanWatch
 from t2v.training.operations import autoencoder_tflop, ceiling_tflop_per_s, unet_tflop
 
-UNET: dict[str, Any] = {
-    "block_out_channels": [32, 64],
-    "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
-    "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"],
-    "layers_per_block": 1,
-    "cross_attention_dim": 32,
-    "attention_head_dim": 8,
-    "norm_num_groups": 8,
-}
 KL: dict[str, Any] = {**SD_CONFIG, "block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4}
 
 
