@@ -104,6 +104,18 @@ def test_damaged_and_foreign_files_are_one_error_even_where_unverified_ones_are_
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_an_error_without_words_is_named_by_its_kind(error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path := tmp_path / "mine.pt").write_bytes(b"x")
+
+    def wordless(name: str, path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(clip, "load", wordless)
+    with pytest.raises(WeightsError, match=rf"mine\.pt does not hold the weights of clip_vit_b32: {error.__name__}\. Fetch it again"):
+        weights.load(["clip_vit_b32"], {"clip_vit_b32": str(path)}, allow_unverified=True)
+
+
 def test_unverified_weights_must_be_allowed_and_are_marked(i3d_file: Path) -> None:
     with pytest.raises(WeightsError, match=r"230 of 230 tensors are not DeepMind's.*allow_unverified=true"):
         weights.load(["i3d"], {"i3d": str(i3d_file)})
