@@ -25,7 +25,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
 
-from trainings import Life
+from trainings import Life, ended
 
 RANKS = 2
 STEPS_PER_LIFE = 4  # more than a life lasts on average, so that the run is not done before the last kill
@@ -49,13 +49,14 @@ class Run(Life):
 
     def finish(self) -> None:
         ranks = self.start()
-        wait(600, lambda: not any(process.is_alive() for process in ranks))
+        with ended(*ranks):
+            wait(600, lambda: not any(process.is_alive() for process in ranks))
         assert [process.exitcode for process in ranks] == [0] * RANKS, self.said()
 
     def live_until(self, number: signal.Signals, moment: str, rng: random.Random) -> None:
         """Start, send the signal to one rank at the moment, and see both ranks end."""
         before, ranks = self.checkpoints(), self.start()
-        try:
+        with ended(*ranks):
             if moment == "anywhere":
                 wait(rng.uniform(0, 6), lambda: False)
             else:
@@ -70,10 +71,6 @@ class Run(Life):
             wait(60, lambda: not victim.is_alive())
             assert not victim.is_alive(), f"{number.name} {moment}: rank did not end within 60 s: {self.said()}"
             wait(20, lambda: not any(process.is_alive() for process in ranks))  # or srun ends the other one
-        finally:
-            for process in ranks:
-                process.kill()
-                process.join()
 
 
 def wait(seconds: float, condition: Callable[[], bool]) -> None:

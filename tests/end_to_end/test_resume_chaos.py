@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainings import Life
+from trainings import Life, ended
 
 STEPS_PER_LIFE = 4  # the most that a life below saves
 MOMENTS = ("after a checkpoint", "while saving", "anywhere")
@@ -32,7 +32,8 @@ class Run(Life):
     def finish(self) -> list[str]:
         """The consumed samples of all steps, one line per micro-batch and stream."""
         process = self.process()
-        process.join(240)
+        with ended(process):
+            process.join(240)
         assert process.exitcode == 0, self.log.read_text()
         return (self.folder / "consumed_rank0.jsonl").read_text().splitlines()
 
@@ -41,22 +42,23 @@ class Run(Life):
 
     def live_until_killed(self, moment: str, rng: random.Random) -> None:
         process, before = self.process(), self.checkpoints()
-        if moment == "anywhere":
-            self._wait(process, rng.uniform(0, 3), lambda: bool(self.checkpoints() - before))
-        else:
-            self._wait(process, 100, lambda: bool(self.checkpoints() - before))
-            assert self.checkpoints() - before, self.log.read_text()
-            if moment == "while saving":
-                self._wait(process, 100, self.saving)
+        with ended(process):
+            if moment == "anywhere":
+                self._wait(process, rng.uniform(0, 3), lambda: bool(self.checkpoints() - before))
             else:
-                later = self.lines() + rng.randrange(12)  # up to 3 steps
-                self._wait(process, 100, lambda: self.lines() >= later)
-                time.sleep(rng.uniform(0, 0.05))
-        assert process.is_alive(), self.log.read_text()
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
+                self._wait(process, 100, lambda: bool(self.checkpoints() - before))
+                assert self.checkpoints() - before, self.log.read_text()
+                if moment == "while saving":
+                    self._wait(process, 100, self.saving)
+                else:
+                    later = self.lines() + rng.randrange(12)  # up to 3 steps
+                    self._wait(process, 100, lambda: self.lines() >= later)
+                    time.sleep(rng.uniform(0, 0.05))
+            assert process.is_alive(), self.log.read_text()
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join(60)
+            assert process.exitcode == -signal.SIGKILL
 
     @staticmethod
     def _wait(process: BaseProcess, seconds: float, condition: Callable[[], bool]) -> None:

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -97,6 +97,17 @@ def train(overrides: list[str], log: str, environment: dict[str, str]) -> None:
     from t2v.train import main
 
     main()
+
+
+@contextmanager
+def ended(*processes: BaseProcess) -> Iterator[None]:
+    """At the end none of them is alive, however the test ends."""
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 class Life:
