@@ -23,7 +23,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
+    here = Path(__file__).resolve().parent
+    sys.path[:0] = map(str, (here.parents[1], here.parent, here))
 
 from trainings import Life, ended
 
