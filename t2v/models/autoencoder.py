@@ -35,7 +35,8 @@ class Autoencoder:
 
     max_frames_per_pass  frames that go through the network at once; more need more memory. None: 64, on GPUs 64 of 256 x 256 or as many
                          smaller or larger ones as have those pixels
-    channels_last        the forward pass of autoencoder_layers instead of diffusers'; None: on GPUs, where the network is of that kind
+    channels_last        the forward pass of autoencoder_layers instead of diffusers'; None: on GPUs, where the network is of that kind; on
+                         CPUs diffusers' own with the weights laid out so, which their convolutions and GroupNorm are faster with
     compile              that forward pass through torch.compile: faster after a minute of compiling for each shape
 
     Raises ValueError for options that the network does not allow.
@@ -169,7 +170,7 @@ class Autoencoder:
         return self._wants_channels_last
 
     def _lay_out(self) -> None:
-        if self.channels_last:
+        if self.channels_last or (self._wants_channels_last is None and self.device.type == "cpu"):
             torch.nn.Module.to(self.model, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def sha256(self) -> str:

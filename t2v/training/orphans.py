@@ -1,7 +1,7 @@
 """Ranks whose first one is gone.
 
-The first rank of a host starts the others (torchrun's agent does, where there is one) and ends them if one of them fails. If it fails
-itself, in an exchange that NCCL then never ends, they would hold their GPUs until that exchange times out.
+The first rank of a host starts the others (torchrun's agent starts all, where there is one) and ends them if one of them fails. If it dies
+itself, they would hold their GPUs until the exchange in which they wait times out, or train on without anyone to end them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,19 @@ import threading
 import time
 
 LAST_WORDS = 5.0  # seconds
+STARTER = "T2V_FIRST_RANK"  # in the environment of the other ranks: the process that started them
 
 
 def end_with_what_started_this() -> None:
-    """From now on, a rank that another process of this host started ends soon after that one, whatever it waits for."""
-    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+    """From now on, a rank that the first one or torchrun started ends soon after that, whatever it waits for.
+
+    Ranks that something else started, such as a shell that has no reason to stay, are left alone.
+    """
+    by_first_rank = "LOCAL_RANK" in os.environ and os.environ.get(STARTER) == str(os.getppid())
+    if by_first_rank or "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_watch, args=(os.getppid(),), daemon=True, name="orphan watch").start()
+    else:
+        os.environ[STARTER] = str(os.getpid())
 
 
 def _watch(started_by: int) -> None:
