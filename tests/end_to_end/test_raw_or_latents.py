@@ -23,7 +23,8 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def latents(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("latents") / "shards"
-    overrides = ["data=webvid", "data.video.size=64", f"paths.webvid={raw}", "autoencoder=shapes", "text_encoder=shapes", "num_workers=0"]
+    of_the_experiment = ["data.video.size=64", "data.video.fps=1.5", "autoencoder=shapes", "text_encoder=shapes_wide"]
+    overrides = ["data=webvid", f"paths.webvid={raw}", *of_the_experiment, "num_workers=0"]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         encode(compose("encode", overrides=[*overrides, f"output={folder}", "device=cpu"]))
     assert len(list(folder.glob("*.tar"))) == 4
