@@ -291,9 +291,9 @@ def ways_to_run(unet: Any, cfg: DictConfig) -> None:
     from t2v.training.graphs import require_recordable
 
     if cfg.module.cuda_graphs and not fully_sharded(cfg):
-        require_recordable(unet)
+        require_recordable(unet, cfg.module.compile)
     if cfg.module.compile is not None:
-        require_compilable(unet, cfg.module.compile, cfg.module.cuda_graphs)
+        require_compilable(unet, cfg.module.compile)
 
 
 def moments_of(optimizer: DictConfig) -> int:

@@ -43,7 +43,7 @@ from t2v.diffusion.sampling import Sampler
 from t2v.models.autoencoder import SD_CONFIG, Autoencoder, empty_autoencoder
 from t2v.models.convolution import channels_last as lay_out
 from t2v.models.text_encoder import TOKENS, TextEncoder, empty_tower
-from t2v.training.compiling import compile_blocks, require_compilable
+from t2v.training.compiling import compile_blocks
 from t2v.training.ema import EMA
 from t2v.training.module import TextToVideoModule
 from t2v.training.operations import autoencoder_tflop, unet_tflop
@@ -146,14 +146,14 @@ def our_step(
         lambda step: 1.0,
         EMA(),
         {"frames": frames, "height": 8 * size, "width": 8 * size, "fps": 3},
+        compile="inductor" if compile else None,
     )
     module.to(device)  # where it puts noise and timesteps
     module.unet.train()
-    if compile:
-        require_compilable(module.unet, "inductor", cuda_graphs)
-        compile_blocks(module.unet, "inductor")
     if cuda_graphs:
         module.record_network()
+    if module.compiler is not None:
+        compile_blocks(module.unet, module.compiler)
     optimizer = module.configure_optimizers()["optimizer"]
     clips = clips_for(fed, width, device, batch, frames, size)
     stream = "image" if frames == 1 else "video"

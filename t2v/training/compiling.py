@@ -31,12 +31,10 @@ def compile_blocks(network: Any, backend: str) -> None:
         block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)
 
 
-def require_compilable(network: Any, backend: str, cuda_graphs: bool) -> None:
+def require_compilable(network: Any, backend: str) -> None:
     """ValueError for what cannot go together with compiled blocks."""
     if backend not in torch.compiler.list_backends(exclude_tags=()):
         raise ValueError(f"module.compile={backend} is unknown; torch.compile has {', '.join(torch.compiler.list_backends())}")
-    if cuda_graphs:
-        raise ValueError(f"module.compile={backend} and module.cuda_graphs=true do not go together: set module.cuda_graphs=false")
     for key, plain in (("fused_kernels", False), ("attention_backend", "sdpa")):
         if (value := network.config[key]) != plain:
             raise ValueError(

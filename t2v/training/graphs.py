@@ -56,8 +56,10 @@ def record(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         return torch.cuda.make_graphed_callables(_Call(network), examples)
 
 
-def require_recordable(network: Any) -> None:
-    """ValueError for a network whose recomputation cannot be recorded."""
+def require_recordable(network: Any, compiler: str | None) -> None:
+    """ValueError for a network whose recomputation cannot be recorded, or whose blocks go through a compiler."""
+    if compiler is not None:
+        raise ValueError(f"module.compile={compiler} and module.cuda_graphs=true do not go together: set module.cuda_graphs=false")
     if network.gradient_checkpointing in UNRECORDABLE:
         raise ValueError(
             f"module.cuda_graphs=true cannot record unet.gradient_checkpointing={network.gradient_checkpointing}: "

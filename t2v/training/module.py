@@ -89,7 +89,7 @@ class TextToVideoModule(LightningModule):
         self.cuda_graphs = cuda_graphs
         self.compiler = compile  # a backend of torch.compile
         if compile is not None:
-            require_compilable(unet, compile, cuda_graphs)
+            require_compilable(unet, compile)
         self.recorded: RecordedNetwork | None = None
         self.frozen_in_bfloat16 = False  # weights and all, as t2v.generate runs them, instead of autocast's float32 norms
         self.trained: dict[str, nn.Parameter] = {}  # what the optimizer steps on: the parameters, or this rank's rows of each
@@ -101,7 +101,7 @@ class TextToVideoModule(LightningModule):
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device  # the module itself is moved later
         if self.cuda_graphs and not isinstance(self.trainer.strategy, FullyShardedStrategy):
-            require_recordable(self.unet)
+            require_recordable(self.unet, self.compiler)
         if self.compiler is not None:
             require_compiler(self.compiler, device)
         self.frozen_in_bfloat16 = device.type == "cuda" and self.trainer.precision_plugin.precision == "bf16-mixed"
@@ -139,7 +139,7 @@ class TextToVideoModule(LightningModule):
     def record_network(self) -> None:
         """cuda_graphs: from now on, the network runs as CUDA graphs. Under DDP the exchange of gradients waits for the whole backward pass
         then, which takes less than the launches did (experiments/scaling)."""
-        require_recordable(self.unet)
+        require_recordable(self.unet, self.compiler)
         self.recorded = RecordedNetwork(self.unet)
 
     def configure_optimizers(self) -> Any:

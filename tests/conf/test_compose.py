@@ -83,6 +83,13 @@ def test_every_option_matches_the_signatures_it_feeds(group: str, option: str) -
     check_targets(train_config("experiment=shapes", f"{group}={option}"))
 
 
+@pytest.mark.parametrize("experiment", [name for name in names("experiment") if name != "shapes_autoencoder"])
+def test_experiments_leave_no_settings_of_callbacks_that_were_replaced(experiment: str) -> None:
+    for option in names("callbacks") if experiment.startswith("shapes") else ("default", "msrvtt"):  # the others are for shapes
+        chosen = train_config(f"experiment={experiment}", f"callbacks={option}").callbacks
+        assert all(node is None or "_target_" in node for node in chosen.values()), option
+
+
 def test_base_256_states_the_paper() -> None:
     """Section 4.1.3 and 4.1.2, value by value."""
     cfg = train_config("experiment=base_256")

@@ -98,7 +98,7 @@ def differences(run: Run, straight: Run) -> list[str]:
 
 def torment(folder: Path, data: Path, kills: int, seed: int = 0) -> tuple[list[str], Counter[str], Run]:
     """The undisturbed run, then the same killed `kills` times. What differs at the end, how often each signal came, the killed run."""
-    steps, rng, sent = STEPS_PER_LIFE * kills, random.Random(seed), Counter[str]()
+    steps, rng, sent = STEPS_PER_LIFE * (kills + 2), random.Random(seed), Counter[str]()
     straight, run = Run(folder / "straight", data, steps), Run(folder / "killed", data, steps)
     straight.finish()
     for kill in range(kills):

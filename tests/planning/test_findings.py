@@ -165,6 +165,14 @@ def test_where_networks_are_recorded_recomputation_that_cannot_be_is_refused(str
         ways_to_run(unet, composed("experiment=shapes", "trainer=gpu", f"strategy={strategy}"))
 
 
+def test_compiled_blocks_are_refused_where_networks_are_recorded() -> None:
+    unet = SimpleNamespace(gradient_checkpointing="none", config={"fused_kernels": False, "attention_backend": "sdpa"})
+    compiled = "experiment=shapes", "trainer=gpu", "module.compile=inductor"
+    with pytest.raises(ValueError, match=r"set module\.cuda_graphs=false"):
+        ways_to_run(unet, composed(*compiled, "strategy=ddp"))
+    ways_to_run(unet, composed(*compiled, "strategy=fsdp"))
+
+
 def test_missing_keys_are_findings(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="set-up errors"):
         plan(composed("experiment=shapes", "batch.image=???", "trainer.max_steps=???"))

@@ -103,7 +103,6 @@ def test_the_first_bad_layer_inside_a_compiled_block_is_found() -> None:
     ("unet", "options", "words"),
     [
         ({}, {"compile": "inductor"}, "unet.fused_kernels=true is not: set unet.fused_kernels=false"),
-        (PLAIN, {"compile": "inductor", "cuda_graphs": True}, "set module.cuda_graphs=false"),
         (PLAIN | {"gradient_checkpointing": "elementwise"}, {"compile": "inductor"}, "use none, attention or all"),
         (PLAIN, {"compile": "other"}, "module.compile=other is unknown; torch.compile has .*inductor"),
     ],

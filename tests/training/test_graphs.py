@@ -71,6 +71,13 @@ def test_what_cannot_be_recorded_is_refused(which: str, tmp_path: Path) -> None:
         small_module(unet=small_unet(gradient_checkpointing=which)).record_network()
 
 
+def test_compiled_blocks_are_not_recorded(tmp_path: Path) -> None:
+    module = small_module(unet=small_unet(fused_kernels=False), compile="eager", cuda_graphs=True)
+    module.configure_model = lambda: pytest.fail("networks with memory")
+    with pytest.raises(ValueError, match=r"compile=eager and module\.cuda_graphs=true do not go together: set module\.cuda_graphs=false"):
+        fit(module, MadeUpData(BATCH, BATCH, JointMixture()), tmp_path)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_replay_is_the_network_on_a_gpu() -> None:
     network = small_unet(temporal_dropout=0.1).float().cuda()
@@ -88,8 +95,9 @@ def test_a_replay_is_the_network_on_a_gpu() -> None:
 
 
 def said_under_fsdp(folder: Path) -> str:
-    """With recomputation that could not be recorded."""
-    module, said = small_module(unet=small_unet(gradient_checkpointing="all"), cuda_graphs=True), io.StringIO()
+    """With recomputation, and compiled blocks, that could not be recorded."""
+    unet = small_unet(gradient_checkpointing="all", fused_kernels=False)
+    module, said = small_module(unet=unet, cuda_graphs=True, compile="eager"), io.StringIO()
     with contextlib.redirect_stdout(said):
         fit(module, MadeUpData(BATCH, BATCH, JointMixture()), folder, strategy=FullyShardedStrategy())
     assert module.recorded is None
