@@ -21,7 +21,7 @@ from t2v.models.kernels.geglu import fused_geglu
 from t2v.models.kernels.layer_norm import fused_add_layer_norm
 from t2v.models.kernels.residual import fused_residual_sum
 from t2v.models.kernels.temporal_attention import temporal_attention
-from t2v.models.pointwise import joinable, linear_gelu, linear_plus, linear_times
+from t2v.models.pointwise import Linear, joinable, linear, linear_gelu, linear_plus, linear_times
 from t2v.models.timestep import sinusoid
 
 VECTOR = 16  # float32 numbers that a CPU with AVX-512 computes at once
@@ -81,10 +81,10 @@ class Attention(Fusable):
         super().__init__()
         inner = heads * head_dim
         self.heads, self.head_dim, self.backend = heads, head_dim, backend
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_k = nn.Linear(context_width or width, inner, bias=False)
-        self.to_v = nn.Linear(context_width or width, inner, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(inner, width)])
+        self.to_q = Linear(width, inner, bias=False)
+        self.to_k = Linear(context_width or width, inner, bias=False)
+        self.to_v = Linear(context_width or width, inner, bias=False)
+        self.to_out = nn.ModuleList([Linear(inner, width)])
 
     def project(self, x: Tensor, names: str) -> tuple[Tensor, ...]:
         """`names` of "q", "k", "v": (... d) -> as many (... h d)."""
@@ -197,7 +197,7 @@ class GEGLU(Fusable):
 
     def __init__(self, width: int, width_out: int):
         super().__init__()
-        self.proj = nn.Linear(width, 2 * width_out)
+        self.proj = Linear(width, 2 * width_out)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused(x):
@@ -205,7 +205,7 @@ class GEGLU(Fusable):
         weight, bias = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
         if joinable(x):
             return linear_times(x, weight[0], bias[0], linear_gelu(x, weight[1], bias[1]))
-        return F.linear(x, weight[0], bias[0]) * F.gelu(F.linear(x, weight[1], bias[1]))
+        return linear(x, weight[0], bias[0]) * F.gelu(linear(x, weight[1], bias[1]))
 
 
 class LayerNorm(nn.LayerNorm, Fusable):
@@ -220,7 +220,7 @@ class LayerNorm(nn.LayerNorm, Fusable):
         return x, self(x)
 
 
-class OutLinear(nn.Linear, Fusable):
+class OutLinear(Linear, Fusable):
     """The last layer of a residual branch."""
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
@@ -283,7 +283,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, heads: int, head_dim: int, text_width: int, groups: int, backend: str):
         super().__init__()
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, heads * head_dim)
+        self.proj_in = Linear(channels, heads * head_dim)
         self.transformer_blocks = nn.ModuleList([SpatialTransformerLayer(heads * head_dim, heads, head_dim, text_width, backend)])
         self.proj_out = OutLinear(heads * head_dim, channels)
 
@@ -301,7 +301,7 @@ class TemporalTransformer(nn.Module):
     def __init__(self, channels: int, heads: int, head_dim: int, groups: int, num_attentions: int, backend: str, positions: str | None):
         super().__init__()
         self.norm = GroupNorm(groups, channels, eps=1e-6, over_frames=True)
-        self.proj_in = nn.Linear(channels, heads * head_dim)
+        self.proj_in = Linear(channels, heads * head_dim)
         self.transformer_blocks = nn.ModuleList(
             [TemporalTransformerLayer(heads * head_dim, heads, head_dim, num_attentions, backend, positions)]
         )

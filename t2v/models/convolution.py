@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from t2v.models.kernels import Fusable
 from t2v.models.kernels.group_norm import fused_group_norm
 from t2v.models.kernels.residual import fused_residual_sum
+from t2v.models.pointwise import linear
 
 
 class GroupNorm(nn.GroupNorm, Fusable):
@@ -105,7 +106,7 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        return linear(x, self.weight.flatten(1), self.bias)
 
 
 class TemporalConv(nn.Conv3d):
@@ -132,7 +133,7 @@ class TemporalConv(nn.Conv3d):
         b, f, h, w, c = x.shape
         bias = self.bias if with_bias else None
         if f == 1:
-            return F.linear(x, self.weight[:, :, 1, 0, 0], bias)
+            return linear(x, self.weight[:, :, 1, 0, 0], bias)
         y = F.conv2d(x.reshape(b, f, h * w, c).permute(0, 3, 1, 2), self.weight.squeeze(-1), bias, padding=(1, 0))
         return y.permute(0, 2, 3, 1).reshape(b, f, h, w, c)
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from small_unets import TWO_LEVELS, inputs, pair
 
-from t2v.models import attention
-from t2v.models.pointwise import VECTORS, joinable, linear_gelu, linear_plus, linear_times
+from t2v.models import attention, pointwise
+from t2v.models.pointwise import VECTORS, Linear, joinable, linear_gelu, linear_plus, linear_times
 
 pytestmark = pytest.mark.skipif(not VECTORS, reason="oneDNN joins nothing on this CPU")
 
@@ -42,3 +42,48 @@ def test_a_network_that_infers_uses_them_and_equals_diffusers(monkeypatch: pytes
         a, b = ours(*args), theirs(*args).sample
     assert len(calls) == sum(isinstance(module, attention.GEGLU) for module in ours.modules())
     assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_dnn_s_product_has_torch_s_gradients(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Linear(24, 40, bias=bias)
+    x = torch.randn(3, 5, 2, 24).transpose(1, 2).requires_grad_()  # not contiguous
+    leaves, found = [x, *layer.parameters()], {}
+    grad = torch.randn(3, 1, 5, 40).expand(3, 2, 5, 40)
+    for half_speed in (False, True):
+        monkeypatch.setattr(pointwise, "HALF_SPEED", half_speed)
+        y = layer(x)
+        assert ("OneDNN" in type(y.grad_fn).__name__) == half_speed
+        found[half_speed] = [y, *torch.autograd.grad(y, leaves, grad)]
+        with torch.no_grad():
+            assert torch.equal(layer(x), y)
+    for ours, theirs in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+    assert "OneDNN" not in type(layer.double()(x.double()).grad_fn).__name__  # still at half speed
+
+
+def test_only_the_gradients_that_are_asked_for_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise, "HALF_SPEED", True)
+    frozen = Linear(8, 4).requires_grad_(False)
+    x = torch.randn(2, 8, requires_grad=True)
+    torch.testing.assert_close(torch.autograd.grad(frozen(x).sum(), x)[0], frozen.weight.sum(0).expand(2, 8))
+    trained = Linear(8, 4)
+    trained(x.detach()).sum().backward()
+    torch.testing.assert_close(trained.weight.grad, x.detach().sum(0).expand(4, 8))
+    torch.testing.assert_close(trained.bias.grad, torch.full((4,), 2.0))
+
+
+def test_a_network_trained_by_it_equals_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise, "HALF_SPEED", True)
+    ours, theirs = pair(TWO_LEVELS, torch.float32)
+    args = inputs(2, 5, 9, 7, dtype=torch.float32)
+    calls = []
+    monkeypatch.setattr(pointwise, "one_dnn", lambda *of, product=pointwise.one_dnn: (calls.append(1), product(*of))[1])
+    a, b = ours(*args), theirs(*args).sample
+    assert len(calls) > sum(isinstance(module, Linear) for module in ours.modules())  # gates and values are two products
+    a.square().mean().backward()
+    b.square().mean().backward()
+    assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
+    wanted = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, p in ours.named_parameters():
+        assert (p.grad - wanted[name]).abs().max() <= 1e-4 * max(1e-3, wanted[name].abs().max()), name
