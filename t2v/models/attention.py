@@ -173,7 +173,10 @@ class TemporalAttention(Attention):
 
 def over_frames(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     """Attention of every pixel over the frames: (b f n h d) each -> (b f n h d)."""
-    step = max(1, MAX_GRID // q.shape[3])
+    b, f, _, h, d = q.shape
+    step = max(1, MAX_GRID // h)
+    if backend == "xformers":  # its flash attention's backward pass has 128 rows a sequence at least, and counts their numbers in 32 bits
+        step = max(1, min(step, (2**31 - 1) // (b * h * d * 128 * -(-f // 128))))
     parts = zip(q.split(step, 2), k.split(step, 2), v.split(step, 2), strict=True)
     found = [attend(q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), backend).view(q.shape) for q, k, v in parts]
     return found[0] if len(found) == 1 else torch.cat(found, 2)
