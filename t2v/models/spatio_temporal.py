@@ -127,11 +127,16 @@ class UpStage(SpatioTemporalStage):
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, text: Tensor) -> Tensor:
         """`skips` is used up from its end; the one that then is last gives the size to upsample to."""
         for j in range(len(self.resnets)):
-            x = torch.cat([x, once_per_text(skips.pop(), len(x))], dim=-1)  # (b f h w c+skip)
+            x = beside(x, once_per_text(skips.pop(), len(x)))  # (b f h w c+skip)
             x = self.spatio_temporal_block(j, x, time, text)
         if self.upsamplers is not None:
             x = self.upsamplers[0](x, (skips[-1].shape[2], skips[-1].shape[3]))
         return x
+
+
+def beside(x: Tensor, skip: Tensor) -> Tensor:
+    """(b f h w c), (b f h w k) -> (b f h w c+k), as matrices: torch joins up to four axes by a fast kernel of a GPU, more by slow ones."""
+    return torch.cat([x.flatten(0, 3), skip.flatten(0, 3)], 1).unflatten(0, x.shape[:4])
 
 
 def temporal_transformer(channels: int, heads: int, settings: BlockSettings) -> TemporalTransformer:
