@@ -12,9 +12,10 @@ import torch
 from small_unets import TWO_LEVELS, inputs, randomize
 from torch import Tensor
 
+from t2v.models.convolution import TemporalConv, TemporalConvBlock, channels_last
 from t2v.models.kernels import Fusable, PlannedGPU, planned_gpu, recomputed
 from t2v.models.kernels.geglu import fused_geglu, plain_geglu
-from t2v.models.kernels.group_norm import fused_group_norm, keep_mask, plain_group_norm
+from t2v.models.kernels.group_norm import fused_group_norm, fused_group_norm_taps, keep_mask, plain_group_norm, plain_group_norm_taps
 from t2v.models.kernels.layer_norm import fused_add_layer_norm, plain_add_layer_norm
 from t2v.models.kernels.residual import fused_residual_sum, plain_residual_sum
 from t2v.models.kernels.temporal_attention import FusedTemporalAttention, PlainTemporalAttention
@@ -51,6 +52,7 @@ def compare(fused: Callable[..., Any], plain: Callable[..., Any], *arguments: Te
         (3, 520, 20, 4, False, 0, 0.0),
         (2, 70, 40, 4, True, 1, 0.3),
         (2, 128, 64, 4, True, 2, 0.1),
+        (2, 64, 200, 2, True, 1, 0.0),
     ],
 )
 def test_group_norm(n: int, s: int, c: int, groups: int, silu: bool, shifts: int, dropout: float) -> None:
@@ -66,6 +68,18 @@ def test_group_norm(n: int, s: int, c: int, groups: int, silu: bool, shifts: int
 
     x = (torch.randn(n, s, c) * 2 + 30).requires_grad_()  # a mean far from zero: squares of the values would lose it
     compare(fused, plain, x, randn(c), randn(c), randn(shifts, c) if shifts else None)
+
+
+@pytest.mark.parametrize(("frames", "pixels", "c", "shifts"), [(5, 30, 48, 2), (2, 64, 64, 0), (16, 20, 20, 1)])
+def test_group_norm_taps(frames: int, pixels: int, c: int, shifts: int) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, frames * pixels, c), torch.randn(c), torch.randn(c)
+    shift = torch.randn(shifts, c) if shifts else None
+    y = fused_group_norm_taps(x, weight, bias, 4, 1e-5, frames, silu=True, shift=shift)
+    double = (a if a is None else a.double() for a in (x, weight, bias))
+    expected = plain_group_norm_taps(*double, 4, 1e-5, frames, silu=True, shift=None if shift is None else shift.double())  # type: ignore[arg-type]
+    assert y.shape == expected.shape == (2, frames * pixels, 3, c)
+    assert (y - expected).abs().max() <= BOUND * expected.abs().max()
 
 
 def test_the_masks_of_dropout_are_random() -> None:
@@ -127,6 +141,26 @@ def test_what_kernels_wrote_is_made_again_and_not_kept() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("laid_out", [True, False])
+def test_temporal_convolutions_as_products(monkeypatch: pytest.MonkeyPatch, laid_out: bool) -> None:
+    torch.manual_seed(0)
+    block = TemporalConvBlock(32, num_convs=3, groups=4, dropout=0.1).eval()
+    randomize(block)
+    block.float()
+    if laid_out:
+        channels_last(block)
+    x = torch.randn(2, 5, 3, 4, 32)
+    expected = block.double()(x.double())
+    block.float()
+    monkeypatch.setattr(Fusable, "fused", lambda self, x: True)
+    monkeypatch.setattr(TemporalConv, "forward", lambda self, x, with_bias: pytest.fail("a convolution"))
+    with torch.no_grad():
+        assert (block(x) - expected).abs().max() <= BOUND * expected.abs().max()
+    for needs_convolutions in (lambda: block(x), lambda: torch.no_grad()(block.train())(x)):  # gradients, dropout
+        with pytest.raises(pytest.fail.Exception, match="a convolution"):
+            needs_convolutions()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("f", [1, 3])
 def test_a_network_of_kernels_is_the_network(monkeypatch: pytest.MonkeyPatch, f: int) -> None:
@@ -139,7 +173,9 @@ def test_a_network_of_kernels_is_the_network(monkeypatch: pytest.MonkeyPatch, f:
     monkeypatch.setattr(Fusable, "fused", lambda self, x: self.fused_kernels)
     found = network(*arguments)
     assert (found - y).abs().max() <= BOUND * y.abs().max()
-    gradients = torch.autograd.grad(found.square().sum(), list(network.parameters()))
+    with torch.no_grad():
+        assert (network.eval()(*arguments) - y).abs().max() <= BOUND * y.abs().max()
+    gradients = torch.autograd.grad(found.square().sum(), list(network.train().parameters()))
     for (name, _), a, b in zip(network.named_parameters(), gradients, expected, strict=True):
         assert (a - b).abs().max() <= 3e-4 * max(1e-2, b.abs().max()), name
     network.gradient_checkpointing = "elementwise"

@@ -17,7 +17,9 @@ except ImportError:  # CPU builds of torch come without it
     triton = None
     _geglu_forward = _geglu_backward = None
 
-ROWS, BLOCK, CHUNK, WARPS = 8, 128, 128, 4
+WARPS = 4
+FORWARD = 4, 256, 32  # rows and columns of a tile, rows of a program
+BACKWARD = 8, 128, 128  # longer programs, whose partial gradients of the bias are added later
 
 
 def plain_geglu(x: Tensor, bias: Tensor) -> Tensor:
@@ -36,7 +38,7 @@ class FusedGEGLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
-        rows, sizes, programs = _sizes(x)
+        rows, sizes, programs = _sizes(x, *FORWARD)
 
         def write(y: Tensor) -> None:
             launch(_geglu_forward, programs, x, x, bias, y, rows, **sizes)
@@ -50,19 +52,20 @@ class FusedGEGLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, bias = ctx.saved_tensors
-        rows, sizes, programs = _sizes(x)
+        rows, sizes, programs = _sizes(x, *BACKWARD)
         dx = torch.empty_like(x)
-        sums = x.new_empty((-(-rows // CHUNK), x.shape[-1]), dtype=torch.float32)
+        sums = x.new_empty((-(-rows // sizes["CHUNK"]), x.shape[-1]), dtype=torch.float32)
         launch(_geglu_backward, programs, x, x, bias, grad.contiguous(), dx, sums, rows, **sizes)
         return dx, sums.sum(0).to(bias.dtype)
 
 
-def _sizes(x: Tensor) -> tuple[int, dict[str, int], int]:
+def _sizes(x: Tensor, rows: int, columns: int, chunk: int) -> tuple[int, dict[str, int], int]:
     d = x.shape[-1] // 2
-    rows = x.numel() // (2 * d)
-    block = width_of_tile(d, BLOCK, 64, 32)
+    total = x.numel() // (2 * d)
+    block = width_of_tile(d, columns, 128, 64, 32)
     blocks = -(-d // block)
-    return rows, {"D": d, "blocks": blocks, "ROWS": ROWS, "CHUNK": CHUNK, "BLOCK": block, "num_warps": WARPS}, -(-rows // CHUNK) * blocks
+    sizes = {"D": d, "blocks": blocks, "ROWS": rows, "CHUNK": chunk, "BLOCK": block, "num_warps": WARPS}
+    return total, sizes, -(-total // chunk) * blocks
 
 
 if triton is not None:

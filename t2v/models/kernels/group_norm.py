@@ -24,6 +24,7 @@ except ImportError:  # CPU builds of torch come without it
 
 ROWS, BLOCK, WARPS = 16, 64, 4  # a tile: positions, channels; and who works on it
 CHUNKS, MAX_CHUNKS, PROGRAMS = (256, 64), 256, 1024  # positions of a program; chunks of a sample; programs that keep a GPU busy
+TALL, OF_A_WARP = 256, 2048  # positions of a tile whose statistics are taken; numbers of it that a warp takes
 
 
 def plain_group_norm(
@@ -87,6 +88,58 @@ def fused_group_norm(
     return FusedGroupNorm.apply(x, weight, bias, shift, seed, groups, eps, silu, dropout, compute_dtype(x))
 
 
+def plain_group_norm_taps(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, frames: int, *, silu: bool = False, shift: Tensor | None = None
+) -> Tensor:
+    """`plain_group_norm` of clips (n (frames p) c), each position beside its own in the frames before and after: (n s 3 c), 0 outside."""
+    y = plain_group_norm(x, weight, bias, groups, eps, silu=silu, shift=shift)
+    pixels = y.shape[1] // frames
+    before, after = F.pad(y, (0, 0, pixels, 0))[:, :-pixels], F.pad(y, (0, 0, 0, pixels))[:, pixels:]
+    return torch.stack([before, y, after], 2)
+
+
+def fused_group_norm_taps(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, frames: int, *, silu: bool = False, shift: Tensor | None = None
+) -> Tensor:
+    """`plain_group_norm_taps` as kernels, without gradients: a convolution along the frames is then one matrix product."""
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:2], 3, x.shape[2]), dtype=compute_dtype(x))
+    normalisation = _Normalisation(x, shift, weight, bias, None, groups, eps, silu, 0.0, pixels=x.shape[1] // frames)
+    normalisation.write(y)
+    return y
+
+
+class _Normalisation:
+    """The forward pass over x (n s c): statistics, and `write`, which can be called again. With `pixels` of a frame it writes taps."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        shift: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        seed: Tensor | None,
+        groups: int,
+        eps: float,
+        silu: bool,
+        dropout: float,
+        pixels: int = 0,
+    ) -> None:
+        n, _, c = x.shape
+        self.sizes = sizes = _Sizes(x, groups)
+        self.shift = None if shift is None else shift.contiguous()
+        self.mean, self.inverse = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
+        self.tensors = x, self.shift, weight, bias, self.mean, self.inverse, seed
+        self.shifted = sizes.shifted(self.shift)
+        self.options = {**self.shifted, **_after(silu, dropout), "pixels": pixels, "TAPS": pixels > 0}
+        means, squares = (x.new_empty((n * sizes.chunks, c), dtype=torch.float32) for _ in range(2))
+        launch(_moments, sizes.programs, x, x, self.shift, means, squares, **sizes.tall, **self.shifted)
+        launch(_statistics, n * groups, x, means, squares, self.mean, self.inverse, eps, **sizes.grouped)
+
+    def write(self, y: Tensor) -> None:
+        launch(_result, self.sizes.programs, y, *self.tensors, y, **self.sizes.common, **self.options)
+
+
 class FusedGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -104,29 +157,18 @@ class FusedGroupNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         x = x.contiguous()
-        shift = None if shift is None else shift.contiguous()
-        n, _, c = x.shape
-        sizes = _Sizes(x, groups)
-        means, squares = (x.new_empty((n * sizes.chunks, c), dtype=torch.float32) for _ in range(2))
-        mean, inverse = (x.new_empty((n, groups), dtype=torch.float32) for _ in range(2))
         y = torch.empty_like(x, dtype=dtype)
-        launch(_moments, sizes.programs, x, x, shift, means, squares, **sizes.common, **sizes.shifted(shift))
-        launch(_statistics, n * groups, x, means, squares, mean, inverse, eps, **sizes.grouped)
-        options = {**sizes.common, **sizes.shifted(shift), **_after(silu, dropout)}
-
-        def write(y: Tensor) -> None:
-            launch(_result, sizes.programs, x, x, shift, weight, bias, mean, inverse, seed, y, **options)
-
-        write(y)
-        remember(y, write)
-        ctx.save_for_backward(x, weight, bias, shift, mean, inverse, seed)
-        ctx.settings = sizes, silu, dropout
+        normalisation = _Normalisation(x, shift, weight, bias, seed, groups, eps, silu, dropout)
+        normalisation.write(y)
+        remember(y, normalisation.write)
+        ctx.save_for_backward(*normalisation.tensors)
+        ctx.settings = normalisation.sizes, silu, dropout
         return y, x
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, residual: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, shift, mean, inverse, seed = ctx.saved_tensors
+        x, shift, weight, bias, mean, inverse, seed = ctx.saved_tensors
         sizes, silu, dropout = ctx.settings
         if grad is None:
             return residual, *[None] * 9
@@ -167,6 +209,8 @@ class _Sizes:
         sizes = {"S": s, "C": c, "GROUPS": groups, "CHUNK": chunk, "chunks": self.chunks}
         whole = s % chunk == 0 and c % block == 0
         self.common = {**sizes, "blocks": blocks, "ROWS": ROWS, "BLOCK": block, "WHOLE": whole, "num_warps": WARPS}
+        tall = min(chunk, TALL)
+        self.tall = {**self.common, "ROWS": tall, "num_warps": max(1, tall * block // OF_A_WARP)}
         self.grouped = {**sizes, "CHUNKS": power_of_two(self.chunks), "WIDTH": power_of_two(c // groups)}
 
     def shifted(self, shift: Tensor | None) -> dict[str, Any]:
@@ -202,24 +246,22 @@ if triton is not None:
         x, shift, means, squares, S, C, GROUPS, chunks, blocks, per_shift,
         CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SHIFT: tl.constexpr,
     ):  # fmt: skip
+        """Of each channel of a chunk: its mean, and the sum of squared distances from it. Both sums are of distances from the chunk's first
+        position, so that they are taken at once; what cancels in the second is at most as many bits as the chunk's length has."""
         n, k, c, in_c = _place(C, chunks, blocks, BLOCK)
-        add = _shift(shift, n, c, in_c, C, per_shift, SHIFT)
-        mean = tl.zeros((ROWS, BLOCK), tl.float32)
-        square = tl.zeros((ROWS, BLOCK), tl.float32)  # sum of squared distances from the mean (Welford)
-        count = tl.zeros((ROWS,), tl.float32)
+        first = tl.load(x + (n.to(tl.int64) * S + k * CHUNK) * C + c, in_c, 0.0).to(tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        squared = tl.zeros((BLOCK,), tl.float32)
         for r in range(0, CHUNK, ROWS):
-            s, exists, at = _rows(n, k, r, c, S, C, CHUNK, ROWS, BLOCK, WHOLE)
-            X = tl.load(x + at, exists, 0.0).to(tl.float32) + add[None, :]
-            count += tl.where(s < S, 1.0, 0.0)
-            away = tl.where(exists, X - mean, 0.0)
-            mean += away * (1.0 / tl.maximum(count, 1.0))[:, None]
-            square += away * tl.where(exists, X - mean, 0.0)
-        total = tl.maximum(tl.sum(count, 0), 1.0)
-        joined = tl.sum(mean * count[:, None], 0) / total
-        away = mean - joined[None, :]
+            _, exists, at = _rows(n, k, r, c, S, C, CHUNK, ROWS, BLOCK, WHOLE)
+            away = tl.where(exists, tl.load(x + at, exists, 0.0).to(tl.float32) - first[None, :], 0.0)
+            total += tl.sum(away, 0)
+            squared += tl.sum(away * away, 0)
+        count = tl.minimum(S - k * CHUNK, CHUNK)
+        mean = total / count
         at = (n * chunks + k) * C + c
-        tl.store(means + at, joined, in_c)
-        tl.store(squares + at, tl.sum(square + count[:, None] * away * away, 0), in_c)
+        tl.store(means + at, mean + first + _shift(shift, n, c, in_c, C, per_shift, SHIFT), in_c)
+        tl.store(squares + at, tl.maximum(squared - total * mean, 0.0), in_c)
 
     @triton.jit
     def _group(C, GROUPS, chunks, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
@@ -265,21 +307,33 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["chunks", "blocks", "per_shift", "limit"])
     def _result(
-        x, shift, weight, bias, mean, inverse, seed, y, S, C, GROUPS, chunks, blocks, per_shift, limit, survivors,
+        x, shift, weight, bias, mean, inverse, seed, y, S, C, GROUPS, chunks, blocks, per_shift, pixels, limit, survivors,
         CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-        SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
+        SHIFT: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, TAPS: tl.constexpr,
     ):  # fmt: skip
         n, k, c, in_c = _place(C, chunks, blocks, BLOCK)
         m, i, w, b = _channels(weight, bias, mean, inverse, n, c, in_c, C, GROUPS)
-        m -= _shift(shift, n, c, in_c, C, per_shift, SHIFT)
+        scale = i * w
+        b -= (m - _shift(shift, n, c, in_c, C, per_shift, SHIFT)) * scale
         for r in range(0, CHUNK, ROWS):
             s, exists, at = _rows(n, k, r, c, S, C, CHUNK, ROWS, BLOCK, WHOLE)
-            Y = (tl.load(x + at, exists, 0.0).to(tl.float32) - m[None, :]) * (i * w)[None, :] + b[None, :]
+            Y = tl.load(x + at, exists, 0.0).to(tl.float32) * scale[None, :] + b[None, :]
             if SILU:
-                Y = Y * tl.sigmoid(Y)
+                Y = Y / (1.0 + tl.exp(-Y))
             if DROPOUT:
                 Y = _survive(Y, seed, at, limit, survivors)
-            tl.store(y + at, Y.to(y.dtype.element_ty), exists)
+            Y = Y.to(y.dtype.element_ty)
+            if TAPS:  # (n s 3 c): also beside the frames before and after
+                row, frame = (n.to(tl.int64) * S + s[:, None]) * (3 * C), pixels * (3 * C)
+                before, same, after = c[None, :], (C + c)[None, :], (2 * C + c)[None, :]
+                starts, ends = s < pixels, s >= S - pixels
+                tl.store(y + row + same, Y, exists)
+                tl.store(y + (row + frame) + before, Y, exists & ~ends[:, None])
+                tl.store(y + (row - frame) + after, Y, exists & ~starts[:, None])
+                tl.store(y + row + before, tl.zeros_like(Y), exists & starts[:, None])
+                tl.store(y + row + after, tl.zeros_like(Y), exists & ends[:, None])
+            else:
+                tl.store(y + at, Y, exists)
 
     @triton.jit
     def _before(

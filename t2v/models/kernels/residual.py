@@ -16,7 +16,8 @@ except ImportError:  # CPU builds of torch come without it
     triton = None
     _sum_forward = _column_sums = None
 
-ROWS, BLOCK, CHUNK, WARPS = 32, 64, 256, 4
+ROWS, BLOCK, WARPS = 32, 64, 4
+CHUNK, CHUNK_OF_SUMS = 64, 256  # rows of a program: of the sum itself; of the bias's gradient, whose partial results are added later
 
 
 def plain_residual_sum(x: Tensor, branch: Tensor, offset: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ class FusedResidualSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, branch: Tensor, offset: Tensor) -> Tensor:
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        rows, programs, sizes = _sizes(x)
+        rows, programs, sizes = _sizes(x, CHUNK)
         launch(_sum_forward, programs, x, x.contiguous(), branch.contiguous(), offset, y, rows, **sizes)
         ctx.of_offset = offset.dtype
         return y
@@ -42,18 +43,18 @@ class FusedResidualSum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         grad = grad.contiguous()
-        rows, programs, sizes = _sizes(grad)
-        sums = grad.new_empty((-(-rows // CHUNK), grad.shape[-1]), dtype=torch.float32)
+        rows, programs, sizes = _sizes(grad, CHUNK_OF_SUMS)
+        sums = grad.new_empty((-(-rows // CHUNK_OF_SUMS), grad.shape[-1]), dtype=torch.float32)
         launch(_column_sums, programs, grad, grad, sums, rows, **sizes)
         return grad, grad, sums.sum(0).to(ctx.of_offset)
 
 
-def _sizes(x: Tensor) -> tuple[int, int, dict[str, int]]:
+def _sizes(x: Tensor, chunk: int) -> tuple[int, int, dict[str, int]]:
     d = x.shape[-1]
     rows = x.numel() // d
     block = width_of_tile(d, BLOCK, 32, 16)
     blocks = -(-d // block)
-    return rows, -(-rows // CHUNK) * blocks, {"D": d, "blocks": blocks, "CHUNK": CHUNK, "ROWS": ROWS, "BLOCK": block, "num_warps": WARPS}
+    return rows, -(-rows // chunk) * blocks, {"D": d, "blocks": blocks, "CHUNK": chunk, "ROWS": ROWS, "BLOCK": block, "num_warps": WARPS}
 
 
 if triton is not None:
