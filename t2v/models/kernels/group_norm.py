@@ -24,7 +24,7 @@ except ImportError:  # CPU builds of torch come without it
 
 ROWS, BLOCK, WARPS = 16, 64, 4  # a tile: positions, channels; and who works on it
 CHUNKS, MAX_CHUNKS, PROGRAMS = (256, 64), 256, 1024  # positions of a program; chunks of a sample; programs that keep a GPU busy
-TALL, OF_A_WARP = 256, 2048  # positions of a tile whose statistics are taken; numbers of it that a warp takes
+TALL, OF_A_WARP = 256, 4096  # positions of a tile whose statistics are taken; numbers of it that a warp takes
 
 
 def plain_group_norm(
