@@ -173,7 +173,7 @@ def drawn(seed: int, seconds: int = SECONDS) -> np.ndarray:
 
 def encoded(pictures: np.ndarray, gop: int) -> bytes:
     buffer = io.BytesIO()
-    write_mp4(buffer, pictures, FPS, crf=23, gop=gop)
+    write_mp4(buffer, pictures, FPS, crf=23, gop=gop, preset="medium")
     return buffer.getvalue()
 
 

@@ -22,7 +22,7 @@ def write_mp4(
     *,
     crf: int = 18,
     gop: int | None = None,
-    preset: str = "medium",
+    preset: str = "veryfast",
     tune: str | None = None,
     rotation: int = 0,
 ) -> None:
