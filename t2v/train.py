@@ -10,6 +10,7 @@ The same command continues an interrupted run; see conf/train.yaml for every opt
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,13 +58,16 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
 
         seed_everything(cfg.seed, verbose=False)
         torch.set_float32_matmul_precision("high")
+        callbacks = {name: instantiate(node) for name, node in cfg.callbacks.items() if node is not None}
+        network = module(cfg)
+        check_metric(cfg.metric, (network, *callbacks.values()))
         return running.train(
-            module=module(cfg),
+            module=network,
             data=lambda: datamodule(cfg),
             trainer=instantiate(
                 cfg.trainer, strategy=cfg.strategy if isinstance(cfg.strategy, str) else instantiate(cfg.strategy), _partial_=True
             ),
-            callbacks={name: instantiate(node) for name, node in cfg.callbacks.items() if node is not None},
+            callbacks=callbacks,
             folder=folder,
             resume=cfg.resume,
             config=OmegaConf.to_yaml(cfg),
@@ -71,6 +75,14 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
                 instantiate(node, save_dir=str(folder), purge_step=step) for node in cfg.logger.values() if node is not None
             ],
         )
+
+
+def check_metric(metric: str | None, measuring: Iterable[Any]) -> None:
+    """ValueError where nothing writes metrics of this kind, the part before the slash: at the end of the training it would be too late.
+    Modules and callbacks say what they write in `measures`."""
+    kinds = sorted({kind for one in measuring for kind in getattr(one, "measures", ())})
+    if metric is not None and metric.split("/")[0] not in kinds:
+        raise ValueError(f"metric={metric}: no callback here measures that; there are {', '.join(kinds)}/..., or metric=null for none")
 
 
 def module(cfg: DictConfig) -> LightningModule:

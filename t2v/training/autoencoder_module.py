@@ -34,6 +34,8 @@ from t2v.training.mixture import StepPlan
 class AutoencoderModule(LightningModule):
     """Learns to reconstruct the frames of the batch, each frame for itself; images and videos weigh as the mixture says."""
 
+    measures = ("loss", "kl", "optimizer")
+
     def __init__(
         self,
         autoencoder: AutoencoderKL,
@@ -155,6 +157,8 @@ class AutoencoderModule(LightningModule):
 class AutoencoderScore(Callback):
     """At the end: what the average is worth on held-out frames, and <run>/autoencoder: a diffusers folder in half precision, its
     scaling_factor the measured 1 / (standard deviation of the latents); that of `start` where only the decoder was trained."""
+
+    measures = ("autoencoder",)
 
     def __init__(self, clips: int = 96, images: int = 512, frames: int = 16, fps: float = 3.0, size: int = 64, seed: int = 1) -> None:
         self.clips, self.images, self.frames, self.fps, self.size, self.seed = clips, images, frames, fps, size, seed

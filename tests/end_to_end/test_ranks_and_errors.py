@@ -43,6 +43,7 @@ def test_not_a_number_names_step_samples_and_layer(trainings: Trainings) -> None
         (("data=laion_webvid", "paths.laion=nowhere"), "nowhere"),
         (("autoencoder.source=nowhere",), "nowhere"),
         (("batch.image=0",), "batch"),
+        (("callbacks.score=null",), "metric=score/all"),
         (("mixture=rank",), "at least 2 ranks"),
         (("paths.experiments=/proc/nothing",), "paths.experiments"),
     ],

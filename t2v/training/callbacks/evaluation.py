@@ -29,6 +29,8 @@ class Evaluation(SamplingCallback):
     all ranks share.
     """
 
+    measures = ("val",)
+
     def __init__(
         self,
         protocol: Protocol,

@@ -73,6 +73,7 @@ class ShapesScore(SamplingCallback):
         self.kind = kind
         self.seed = seed
         self.name = name
+        self.measures = (name,)
         self.processes = processes
         self.scored_step = -1
         self.truths: list[Seen] | None = None  # what the checker sees in the real clips; the same at every step

@@ -38,6 +38,8 @@ class TrainingLog(Callback):
     seconds from the trainer's set-up to the end of the first step, and of these the first step's own, with all compiling.
     """
 
+    measures = ("loss", "loss_by_timestep", "speed")
+
     def __init__(self, every_n_steps: int = 10, ceiling: float | None = None) -> None:
         if ceiling is not None and ceiling <= 0:
             raise ValueError(f"callbacks.training_log.ceiling is {ceiling}: it is in TFLOP/s, above 0; leave it out to have it measured")
