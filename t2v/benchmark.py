@@ -9,7 +9,7 @@
     python -m t2v.benchmark what=decode                      how fast clips are read
     python -m t2v.benchmark what=loader|memory|shuffle       what the loader adds, holds, and how well it mixes
 
-Each `what` is a function of t2v/benchmarks that returns rows; its arguments are `+options.NAME=VALUE`. See conf/benchmark.yaml.
+Each `what` is a function of t2v/benchmarks whose result is rows; its arguments are `+options.NAME=VALUE`. See conf/benchmark.yaml.
 """
 
 from __future__ import annotations
@@ -61,8 +61,12 @@ def benchmark(cfg: DictConfig) -> None:
         raise ValueError(f"what={cfg.what} has no option {unknown[0]}; it has {', '.join(signature.parameters)}")
     here = machine()
     print("  ".join(f"{name} {version}" for name, version in here.items()), flush=True)
-    rows = function(**options)
-    print(table(rows))
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in function(**options):
+            rows.append(row)
+    finally:  # what was measured before an error cost as much time
+        print(table(rows))
     if cfg.output is not None:
         path = Path(cfg.output)
         path.parent.mkdir(parents=True, exist_ok=True)

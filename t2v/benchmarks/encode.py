@@ -6,7 +6,7 @@ forward pass is also checked: its bfloat16 error against float32 is at most 1.1 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def encode(
     seconds: float = 10,
     profile: str | None = None,
     device: str | None = None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """A row for each direction, number of clips and network. `size` of the latents; `options` are Autoencoder's own.
 
     `profile`: a file for the kernels of our last call.
@@ -51,9 +51,10 @@ def encode(
     torch.backends.cudnn.benchmark = True
     kind = default_dtype(place) if dtype is None else DTYPES[dtype]
     best = ceilings(place)
-    rows: list[Row] = [{"what": "ceiling", **best}] if best else []
+    if best:
+        yield {"what": "ceiling", **best}
     if versus:
-        rows += errors(random_kl(config, place, torch.float32), place, size)
+        yield from errors(random_kl(config, place, torch.float32), place, size)
     tflop = autoencoder_tflop(kl_config(config, place), (4, frames, size, size))
     work = dict(zip(("encode", "decode"), tflop, strict=True))
     networks: dict[str, Callable[[], Any]] = {"t2v": partial(our_coder, config, place, kind, options or {})}
@@ -77,8 +78,7 @@ def encode(
                     return {**speed(timing, batch, work[direction], best), **peak_memory(place)}
 
                 known = {"network": name, "compiled": name != "t2v" and compile_peer, "direction": direction, "clips": batch}
-                rows.append(attempt(known, measure, may_fail=name != "t2v"))
-    return rows
+                yield attempt(known, measure, may_fail=name != "t2v")
 
 
 def inputs(factor: int, device: torch.device, batch: int, frames: int, size: int) -> tuple[Tensor, Tensor]:

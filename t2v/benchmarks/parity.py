@@ -42,15 +42,14 @@ def parity(
     frames: int = 16,
     size: int = 32,
     attention_shapes: Sequence[tuple[int, int, int, int, int]] = SHAPES,
-) -> list[Row]:
+) -> Iterator[Row]:
     """All rows. On a GPU the full network unless `config` gives another; on a CPU a small one, and sdpa only."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if config is None:
         config = {} if device.startswith("cuda") else SMALL
-    rows = list(networks(device, config, clips, frames, size))
+    yield from networks(device, config, clips, frames, size)
     for shape in attention_shapes if device.startswith("cuda") else [s for s in attention_shapes if s[0] * s[2] <= 4096]:
-        rows += attentions(device, *shape)
-    return rows
+        yield from attentions(device, *shape)
 
 
 def networks(device: str, config: Mapping[str, Any], clips: int, frames: int, size: int, seed: int = 0) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def sample(
     seconds: float = 20,
     profile: str | None = None,
     device: str | None = None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """A row for each sampler of `steps` ({name: steps}), number of prompts at once, and network. `size` of the latents.
 
     `profile`: a file for the kernels of two of our steps and the decoding, at the last number of prompts.
@@ -62,7 +62,8 @@ def sample(
     place = torch.device(device) if device else default_device()
     config = config_for(place, config)
     best = ceilings(place)
-    rows: list[Row] = [{"what": "ceiling", **best}] if best else []
+    if best:
+        yield {"what": "ceiling", **best}
     latents = (4, frames, size, size)
     text = (TOKENS, config.get("cross_attention_dim", 1024))
     a_step = {"t2v": unet_tflop(config, latents, text, texts=2), "diffusers": 2 * unet_tflop(config, latents, text)}
@@ -80,14 +81,13 @@ def sample(
                 known |= {"sampler": scheduler, "steps": count, "prompts": batch}
                 call = partial(pipeline, Sampler(scheduler, count), batch)
                 measure = partial(measured, call, place, batch, count * a_step[name] + decoding, best, limits)
-                rows.append(attempt(known, measure, may_fail=name != "t2v"))
+                yield attempt(known, measure, may_fail=name != "t2v")
         if name == "t2v":
             short = partial(pipeline, Sampler(num_steps=2), prompts[-1])
-            rows.append({"what": "mp4 of one video", "ms": mp4_ms(short()[0])})
+            yield {"what": "mp4 of one video", "ms": mp4_ms(short()[0])}
             if profile is not None:
                 write_profile(short, place, Path(profile))
         del pipeline, call, measure
-    return rows
 
 
 def measured(

@@ -7,7 +7,7 @@ watch over the gradients, AdamW, EMA. The peer's has the same objective, precisi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def train(
     seconds: float = 30,
     profile: str | None = None,
     device: str | None = None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """A row for each batch size and network, the ceilings first. `size` of the latents; `fed` with latents or pixels (and captions).
 
     `seconds` end the rounds of a row. `profile`: a file for the kernels of one step of ours at the last batch size.
@@ -81,7 +81,8 @@ def train(
     place = torch.device(device) if device else default_device()
     config = config_for(place, config)
     best = ceilings(place)
-    rows: list[Row] = [{"what": "ceiling", **best}] if best else []
+    if best:
+        yield {"what": "ceiling", **best}
     latents = (4, frames, size, size)
     work = 3 * unet_tflop(config, latents, (TOKENS, config.get("cross_attention_dim", 1024)))
     work += autoencoder_tflop(kl_config(None, place), latents)[0] if fed == "pixels" else 0
@@ -105,8 +106,7 @@ def train(
                 unit = "images" if frames == 1 else "clips"
                 return {**speed(timing, batch, work, best, unit), **peak_memory(place), "build_s": built, "loss": loss}
 
-            rows.append(attempt(known, measure, may_fail=name != "t2v"))
-    return rows
+            yield attempt(known, measure, may_fail=name != "t2v")
 
 
 image = partial(train, frames=1, batches=(175,))

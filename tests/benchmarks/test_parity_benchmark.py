@@ -26,14 +26,14 @@ TINY = {
 
 def test_rows_on_the_cpu_are_fine_and_a_wrong_network_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"device": "cpu", "config": TINY, "clips": 1, "frames": 3, "size": 8, "attention_shapes": [(1, 3, 4, 2, 16)]}
-    rows = parity(**options)
+    rows = list(parity(**options))
     assert [row["what"] for row in rows[:2]] == ["network, float32 against diffusers, sdpa", "network, bfloat16 against float32, sdpa"]
     assert rows[0]["error"] < 1e-5
     assert 1e-4 < rows[1]["diffusers"] < 0.1
     assert all(row["fine"] for row in rows)
     assert len(rows) == 6
     monkeypatch.setattr("t2v.models.convolution.GroupNorm.beside", lambda self, x, *_, **__: (x, x))
-    assert not parity(**options)[0]["fine"]
+    assert not next(parity(**options))["fine"]
 
 
 def test_a_backend_is_held_to_one_and_a_half_times_sdpas_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +58,12 @@ def test_the_entry_point_prints_and_writes(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module, "small", lambda size=1: [{"what": "x", "error": 0.5, "bound": 1.0, "fine": size < 3}], raising=False)
     monkeypatch.setitem(benchmark.WHAT, "network", "parity:network")
     monkeypatch.setattr(module, "network", lambda config: [{"config": config}], raising=False)
+    monkeypatch.setitem(benchmark.WHAT, "broken", "parity:broken")
+    monkeypatch.setattr(module, "broken", lambda: (({"k": 1 / (1 - k)}) for k in range(2)), raising=False)
+    monkeypatch.setattr(sys, "argv", ["benchmark", "what=broken"])
+    with pytest.raises(ZeroDivisionError):
+        benchmark.main()
+    assert capsys.readouterr().out.splitlines()[-2:] == ["k", "1"]
     for arguments, words, code in (
         (["what=small", "+options.size=2", f"output={tmp_path / 'rows.json'}"], "0.5    1      True", None),
         (["what=small", "+options.size=3"], "bound is not kept", 1),

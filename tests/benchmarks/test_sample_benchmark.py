@@ -18,7 +18,7 @@ QUICK: dict[str, Any] = {"frames": 2, "size": 4, "rounds": 1, "seconds": 5, "dev
 
 
 def test_a_row_for_each_sampler_number_of_prompts_and_network(tmp_path: Path) -> None:
-    rows = sample(**QUICK, prompts=[1, 2], steps={"ddim": 2, "dpm++": 1}, versus="diffusers", profile=str(tmp_path / "kernels.txt"))
+    rows = list(sample(**QUICK, prompts=[1, 2], steps={"ddim": 2, "dpm++": 1}, versus="diffusers", profile=str(tmp_path / "kernels.txt")))
     (mp4,) = [row for row in rows if "ms" in row]
     assert mp4["ms"] > 0
     rows.remove(mp4)
@@ -44,13 +44,13 @@ def test_settings_reach_what_is_measured(on: bool, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(sampling, "TextToVideoPipeline", Spy)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", not on)
-    sample(**QUICK, prompts=[1], steps={"ddim": 1}, cuda_graph=on, cudnn_benchmark=on)
+    list(sample(**QUICK, prompts=[1], steps={"ddim": 1}, cuda_graph=on, cudnn_benchmark=on))
     assert made == [on]
     assert torch.backends.cudnn.benchmark is on
 
 
 def test_encoding_and_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = encode(**QUICK, batches=[1, 2], versus="diffusers")
+    rows = list(encode(**QUICK, batches=[1, 2], versus="diffusers"))
     assert all(row["fine"] and 1e-3 < row["error"] < 0.1 for row in rows[:2])
     rows = rows[2:]
     assert [(row["direction"], row["clips"], row["network"]) for row in rows] == [
@@ -58,16 +58,16 @@ def test_encoding_and_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert all(row["clips_per_s"] > 0 for row in rows)
     monkeypatch.setattr(encoding, "default_dtype", lambda device: pytest.fail("dtype was given"))
-    encode(**QUICK, batches=[1], directions=["encode"], dtype="float32", options={"max_frames_per_pass": 1})
+    assert list(encode(**QUICK, batches=[1], directions=["encode"], dtype="float32", options={"max_frames_per_pass": 1}))
 
 
 def test_options_that_cannot_take_effect_are_errors() -> None:
     for what in (sample, encode):
         for options, words in (({"versus": "others"}, "versus=others"), ({"compile_peer": True}, "no peer")):
             with pytest.raises(ValueError, match=words):
-                what(**QUICK, **options)  # type: ignore[operator]
+                list(what(**QUICK, **options))  # type: ignore[operator]
     with pytest.raises(ValueError, match="dtype=int8"):
-        encode(**QUICK, dtype="int8")
+        list(encode(**QUICK, dtype="int8"))
 
 
 def test_both_autoencoders_answer_alike() -> None:

@@ -24,7 +24,7 @@ def test_a_row_for_each_network_and_batch(tmp_path: Path, monkeypatch: pytest.Mo
     averaged: list[float] = []
     update = module.EMA.update
     monkeypatch.setattr(module.EMA, "update", lambda self, *rest, **more: (averaged.append(self.decay), update(self, *rest, **more)))
-    rows = train(**QUICK | {"batches": [2]}, frames=2, versus="diffusers", profile=str(tmp_path / "kernels.txt"))
+    rows = list(train(**QUICK | {"batches": [2]}, frames=2, versus="diffusers", profile=str(tmp_path / "kernels.txt")))
     assert [(row["network"], row["batch"]) for row in rows] == [("t2v", 2), ("diffusers", 2)]
     work = 3 * unet_tflop(SMALL, (4, 2, 8, 8), (77, 64))
     for row in rows:
@@ -50,7 +50,7 @@ def test_options_that_cannot_take_effect_are_errors() -> None:
         ({"versus": "diffusers", "config": {**SMALL, "num_temporal_convs": 2}}, "num_temporal_convs=2"),
     ):
         with pytest.raises(ValueError, match=words):
-            train(**QUICK, **options)
+            list(train(**QUICK, **options))
 
 
 def test_the_optimizer_is_the_configured_one() -> None:
