@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from small_unets import TWO_LEVELS, inputs, pair
 
 from t2v.models import attention, pointwise
+from t2v.models.convolution import channels_last
 from t2v.models.pointwise import VECTORS, Linear, joinable, linear_gelu, linear_plus, linear_times
+from t2v.models.unet import VideoUNet
 
 pytestmark = pytest.mark.skipif(not VECTORS, reason="oneDNN joins nothing on this CPU")
 
@@ -87,3 +91,24 @@ def test_a_network_trained_by_it_equals_diffusers(monkeypatch: pytest.MonkeyPatc
     wanted = {name: p.grad for name, p in theirs.named_parameters()}
     for name, p in ours.named_parameters():
         assert (p.grad - wanted[name]).abs().max() <= 1e-4 * max(1e-3, wanted[name].abs().max()), name
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_no_weight_with_gaps_is_multiplied_by_one_dnn(frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be right, and 300 times as slow."""
+    monkeypatch.setattr(pointwise, "HALF_SPEED", True)
+    dense = []
+
+    def spy(x: torch.Tensor, weight: torch.Tensor, *rest: Any, product: Any = pointwise.one_dnn) -> torch.Tensor:
+        dense.append(weight.is_contiguous() or weight.t().is_contiguous())
+        return product(x, weight, *rest)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(pointwise, "one_dnn", spy)
+    network = VideoUNet(**TWO_LEVELS).float()
+    channels_last(network)
+    args = inputs(2, frames, 8, 8, dtype=torch.float32)
+    network(*args).square().mean().backward()
+    with torch.no_grad():
+        network.eval()(*args)
+    assert dense
+    assert all(dense)
