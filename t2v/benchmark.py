@@ -17,11 +17,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
-import itertools
 import json
 import logging
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ WHAT = {
     "memory": "loader:memory",
     "shuffle": "loader:shuffle",
 }  # module of t2v.benchmarks:function
+COLUMN = 9  # characters at least, as in "diffusers" and most numbers
 
 
 def benchmark(cfg: DictConfig) -> None:
@@ -62,11 +63,9 @@ def benchmark(cfg: DictConfig) -> None:
     here = machine()
     print("  ".join(f"{name} {version}" for name, version in here.items()), flush=True)
     rows: list[dict[str, Any]] = []
-    try:
-        for row in function(**options):
-            rows.append(row)
-    finally:  # what was measured before an error cost as much time
-        print(table(rows))
+    for row in function(**options):
+        print(line(row, rows[-1] if rows else {}), flush=True)  # at once: what was measured before an error cost as much time
+        rows.append(row)
     if cfg.output is not None:
         path = Path(cfg.output)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,14 +75,12 @@ def benchmark(cfg: DictConfig) -> None:
         raise ValueError("a bound is not kept: see the rows with fine False")
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Columns under their names; a new head wherever a row has other columns than the one before."""
-    lines: list[str] = []
-    for names, group in itertools.groupby(rows, key=tuple):
-        cells = [names, *([shown(value) for value in row.values()] for row in group)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-        lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-    return "\n".join(lines)
+def line(row: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """A row under its columns' names, which are said anew wherever they are not those of the row before."""
+    widths = [max(len(name), COLUMN) for name in row]
+    said = [] if tuple(row) == tuple(before) else [list(row)]
+    cells = [*said, [shown(value) for value in row.values()]]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(some, widths, strict=True)).rstrip() for some in cells)
 
 
 def shown(value: Any) -> str:

@@ -79,6 +79,8 @@ def train(
     torch.set_float32_matmul_precision("high")  # as t2v.train
     torch.backends.cudnn.benchmark = True  # as conf/trainer/default.yaml
     place = torch.device(device) if device else default_device()
+    if cuda_graphs and place.type != "cuda":
+        raise ValueError(f"cuda_graphs=true needs an NVIDIA GPU, and this would run on {place.type}: leave it out")
     config = config_for(place, config)
     best = ceilings(place)
     if best:

@@ -13,6 +13,7 @@ from t2v.checkpoint.folder import EMA, UNET, CheckpointError, find
 from t2v.models.attention import ZeroLinear
 from t2v.models.convolution import TemporalConv
 from t2v.models.names import is_temporal
+from t2v.weights import folder_of
 
 
 class AllWeights:
@@ -22,7 +23,7 @@ class AllWeights:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = folder_of(path)
 
     def __call__(self, unet: nn.Module) -> None:
         copy_weights(self.path, unet.state_dict())
@@ -36,7 +37,7 @@ class SpatialWeights:
     """
 
     def __init__(self, path: str | Path, zero_temporal_outputs: bool = True) -> None:
-        self.path, self.zero_temporal_outputs = Path(path), zero_temporal_outputs
+        self.path, self.zero_temporal_outputs = folder_of(path), zero_temporal_outputs
 
     def __call__(self, unet: nn.Module) -> None:
         copy_weights(self.path, unet.state_dict(), lambda name: not is_temporal(name), "spatial ")

@@ -238,8 +238,12 @@ def video_bytes(spec: Spec, fps: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-def render(spec: Spec, num_frames: int = 16, fps: float = 3.0, size: int = 64, *, start: float = 0.5, height: int = 96) -> Tensor:
-    """uint8 (f h w c): the truth as the readers would show it, through H.264 (from `start` seconds on) or, for an image, through JPEG."""
+def render(spec: Spec, num_frames: int = 16, fps: float = 3.0, size: int = 64, *, start: float = 0.5) -> Tensor:
+    """uint8 (f h w c): the truth as the readers would show it, through H.264 (from `start` seconds on) or, for an image, through JPEG.
+
+    The file is 96 pixels high, or more by a quarter than `size`, as those of `data=shapes` and `data=shapes_gpu_128`.
+    """
+    height = max(96, 2 * round(size * 5 / 8))
     if spec.is_video:
         frames, _ = decode_clip(video_bytes(spec, SOURCE_FPS, height), num_frames=num_frames, fps=fps, size=size, start=start)
         return frames

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Timer
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -137,6 +138,7 @@ class FolderCheckpointIO(CheckpointIO):
         folder = Path(path)
         folder_format.check(folder)
         checkpoint = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        checkpoint.get("callbacks", {}).pop(Timer.__qualname__, None)  # trainer.max_time is of each session, not of all together
         state = checkpoint.pop("other_weights")
         for prefix, file in NETWORKS.items():
             if (folder / file).is_file():

@@ -239,7 +239,9 @@ def show(results: dict[str, Any], folder: Path, samples: bool) -> None:
     print()
     for table in results["report"]:
         print(table, end="\n\n")
-    print(f"trained  {results['step']} steps; results in {folder / RESULTS}")
+    of_all = "" if results["step"] >= results["max_steps"] else f" of {results['max_steps']}"
+    onward = "; trainer.max_time is over, the same command goes on" if of_all else ""
+    print(f"trained  {results['step']}{of_all} steps{onward}; results in {folder / RESULTS}")
     if samples:
         print(f"samples  {folder / 'samples'}")
     print(f"watch    tensorboard --logdir {folder}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from t2v.benchmark import table
+from t2v.benchmark import line
 from t2v.benchmarks import measuring
 from t2v.benchmarks import train as module
 from t2v.benchmarks.measuring import attempt, timed
@@ -48,6 +48,7 @@ def test_options_that_cannot_take_effect_are_errors() -> None:
         ({"compile_peer": True}, "no peer"),
         ({"attention_backend": "triton"}, "NVIDIA GPU"),
         ({"versus": "diffusers", "config": {**SMALL, "num_temporal_convs": 2}}, "num_temporal_convs=2"),
+        ({"cuda_graphs": True}, "cuda_graphs=true needs an NVIDIA GPU"),
     ):
         with pytest.raises(ValueError, match=words):
             list(train(**QUICK, **options))
@@ -84,6 +85,7 @@ def test_out_of_memory_is_a_result_and_other_errors_are_ours() -> None:
         attempt({}, lambda: fail(RuntimeError("x")))
 
 
-def test_the_table_starts_anew_where_columns_change() -> None:
-    lines = table([{"a": 1.23456, "b": "x"}, {"a": 2.0, "b": "yy"}, {"c": 3}]).splitlines()
-    assert lines == ["a      b", "1.235  x", "2      yy", "c", "3"]
+def test_columns_are_named_where_they_change() -> None:
+    rows = [{"a": 1.23456, "b": "x"}, {"a": 2.0, "b": "yy"}, {"c": 3}]
+    printed = [line(row, before) for before, row in zip([{}, *rows], rows)]
+    assert printed == ["a          b\n1.235      x", "2          yy", "c\n3"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 
@@ -52,6 +53,20 @@ def test_ctrl_c_saves_and_a_second_writer_is_refused(trainings: Trainings) -> No
     assert "stopped by SIGINT after step" in output
     step = int(output.split("after step ")[1].split(";")[0])
     assert trainings.checkpoint("stopped", step).exists()
+
+
+def test_max_time_is_of_each_session(trainings: Trainings) -> None:
+    """Lightning's timer keeps what earlier sessions took, and would end the next at its start."""
+    same = ("run=in_parts", "trainer.max_steps=100000", "trainer.max_time=00:00:00:02", "callbacks.score=null", "metric=null")
+    steps = [0]
+    for _ in range(2):
+        code, output = trainings.run(*same)
+        assert code == 0, output
+        said = re.search(r"^trained  (\d+) of 100000 steps; trainer.max_time is over, the same command goes on;", output, re.MULTILINE)
+        assert said, output
+        steps.append(int(said[1]))
+    assert 0 < steps[1] < steps[2]
+    assert f"resume   step {steps[1]} " in output
 
 
 def test_sigterm_to_the_whole_group_saves_and_continues(trainings: Trainings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -78,6 +79,17 @@ def test_two_jobs_end_in_their_table(trainings: Trainings, sweep: str) -> None:
     drawn = re.search(r"^curves   (.*)$", output, re.MULTILINE)
     assert drawn, output
     assert Path(drawn[1]).read_text().count("<polyline") >= (1 if sweep == "seeds" else 2)  # seeds are drawn as their mean
+
+
+def test_what_was_learned_at_64_goes_on_at_128(trainings: Trainings) -> None:
+    """From the shipped weights: experiment=shapes_gpu_128."""
+    tiny = [part for part in TINY if not part.startswith(("unet", "data"))]
+    base = ("experiment=shapes_gpu_128", "data.video.urls.count=32", "data.image.urls.count=128", *tiny, *MORE["shapes_gpu"])
+    code, text = trainings.run("run=larger", base=base)
+    assert code == 0, text
+    record = json.loads((trainings.folder / "shapes_gpu_128" / "runs" / "larger" / "scores.jsonl").read_text().splitlines()[0])
+    assert (record["step"], record["frames"]) == (0, 16)
+    assert record["score"]["background"]["accuracy"] == 1.0  # known before the first step
 
 
 def test_latents_stand_in_for_clips(trainings: Trainings) -> None:
