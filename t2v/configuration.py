@@ -208,11 +208,23 @@ def _environment(name: str, value: str | None) -> Iterator[None]:
         put(before)
 
 
+def groups_of(config_name: str) -> set[str]:
+    """The groups that conf/<config_name>.yaml and what it is built on let one choose from."""
+    groups: set[str] = set()
+    config: Any = OmegaConf.load(config_dir() / f"{config_name}.yaml")
+    for entry in config.get("defaults", []):
+        if isinstance(entry, str):
+            groups |= set() if entry == "_self_" else groups_of(entry)
+        else:
+            groups |= {str(group) for group in entry if not str(group).startswith("override ")}
+    return groups
+
+
 def _help(main: Callable[[DictConfig], Any], config_name: str) -> str:
-    """What the entry point's module says of itself, and every group with its options. Needs no composed configuration."""
+    """What the entry point's module says of itself, and every group that it takes, with its options. Needs no composed configuration."""
     lines = [str(sys.modules[main.__module__].__doc__).strip(), "", f"Options of conf/{config_name}.yaml: NAME=VALUE, or a group's choice:"]
-    for group in sorted(path for path in config_dir().iterdir() if path.is_dir() and any(path.glob("*.yaml"))):
-        lines.append(f"  {group.name}={'|'.join(sorted(path.stem for path in group.glob('*.yaml')))}")
+    for group in sorted(groups_of(config_name)):
+        lines.append(f"  {group}={'|'.join(sorted(path.stem for path in (config_dir() / group).glob('*.yaml')))}")
     return "\n".join([*lines, "--cfg job prints the composed configuration; --hydra-help says what Hydra itself can do."])
 
 

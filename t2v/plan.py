@@ -167,7 +167,7 @@ def shards_of(node: DictConfig) -> list[str]:
 def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro: list[dict[str, int]], found: list[Finding]) -> None:
     from t2v.planning import findings, report
     from t2v.planning.length import Length
-    from t2v.planning.memory import GIB, Layout, by_recomputation, micro_batch_that_fits, ways_that_fit
+    from t2v.planning.memory import GIB, Layout, by_recomputation, micro_batch_that_fits, sets_the_peak, ways_that_fit
     from t2v.training.sharding import size_of
 
     parts = build(cfg, found)
@@ -214,20 +214,22 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
         mends = []
         for which, mode in modes.items():
             most = {stream: micro_batch_that_fits(mode.memory, stream, count, limit) for stream, count in samples.items()}
-            room = ", ".join(f"micro_batch.{stream}={size}" for stream, size in most.items())
+            uncounted = {stream: "" if sets_the_peak(mode.memory, stream) else " or more, not counted" for stream in samples}
+            room = ", ".join(f"micro_batch.{stream}={size}{uncounted[stream]}" for stream, size in most.items())
             print(f"  gradient_checkpointing={which:<12}{sum(mode.memory.values()) / GIB:8.1f} GiB; each alone up to {room}")
             if which == chosen:
                 mends += [f"micro_batch.{stream}={size}" for stream, size in most.items() if size > 0]
         mends += ways_that_fit(modes, chosen, layout.cuda_graphs, limit)
         found += findings.memory(sum(memory.values()), limit, cfg.hardware.name, mends)
 
-    length = Length(steps, cfg.trainer.max_steps, operations, cfg.hardware.tflops)
+    tflops = cfg.hardware.tflops_with_cuda_graphs if layout.cuda_graphs else cfg.hardware.tflops
+    length = Length(steps, cfg.trainer.max_steps, operations, tflops)
     seconds = length.seconds_per_step(mixture)
-    speed = ", ".join(f"{cfg.hardware.tflops * 1e12 / count:.3g} {stream}s" for stream, count in operations.items())
+    speed = ", ".join(f"{tflops * 1e12 / count:.3g} {stream}s" for stream, count in operations.items())
     bound = "" if trained >= cfg.hardware.busy_from else "at least (small layers leave it idle) "
     whole = report.duration(seconds * cfg.trainer.max_steps)
     print(f"time     {bound}{whole}, {report.duration(seconds)} a step; one GPU makes {speed} a second")
-    print(f"         at {cfg.hardware.tflops} TFLOP/s ({cfg.hardware.source}), no time lost between GPUs")
+    print(f"         at {tflops} TFLOP/s ({cfg.hardware.source}), no time lost between GPUs")
     print(f"disk     {checkpoint / 1e9:.3g} GB a checkpoint, every {every} steps ({report.duration(seconds * every)}), {keep} kept")
     if cfg.callbacks.checkpoints.background:
         sizes_of_two = [1 << (parameter.numel() * parameter.element_size() - 1).bit_length() for parameter in parts.unet.parameters()]

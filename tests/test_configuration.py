@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from t2v.configuration import config_dir, run_name
+from t2v.configuration import config_dir, groups_of, run_name
 
 
 def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -32,6 +32,12 @@ def test_help_and_configuration_need_no_heavy_import(tmp_path: Path) -> None:
         assert os.times().children_user - before[1] < 3  # seconds of processor time
     assert "267000" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_help_offers_what_can_be_chosen() -> None:
+    assert groups_of("generate") == {"sampler"}
+    assert groups_of("plan") - groups_of("train") == {"hardware"}
+    assert {"experiment", "sweep", "unet"} < groups_of("train")
 
 
 @pytest.mark.parametrize(

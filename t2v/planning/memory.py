@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from t2v.models.spatio_temporal import CHECKPOINTING
-from t2v.planning.step import BACKWARD, COPIES, Parts, Step, activations_of, step
+from t2v.planning.step import ACTIVATIONS, BACKWARD, COPIES, Parts, Step, activations_of, step
 from t2v.training.graphs import UNRECORDABLE
 from t2v.training.sharding import gathered_together, size_of
 
@@ -62,13 +62,19 @@ def per_gpu(parts: Parts, counted: Step, layout: Layout, recorded: int = 0) -> d
 def micro_batch_that_fits(parts: Mapping[str, int], stream: str, now: int, limit: int) -> int:
     """The largest micro-batch of `stream` with which the parts stay within `limit` bytes; 0 if not even one sample does.
 
-    Where the stream holds next to nothing when most is alive (another stream's peak), a larger one was not counted: `now`, if it fits.
+    Where it is another stream whose activations are alive when most is, a larger one was not counted: `now`, if it fits.
     """
     total, own = sum(parts.values()), parts.get(activations_of(stream), 0)
-    if 100 * own < total:
+    if not sets_the_peak(parts, stream):
         return now if total <= limit else 0
     growing = own + parts.get(BACKWARD, 0)
     return max(0, now * (limit - total + growing) // growing)
+
+
+def sets_the_peak(parts: Mapping[str, int], stream: str) -> bool:
+    """Whether it is this stream whose activations are alive when most is: streams take turns within a step."""
+    own = parts.get(activations_of(stream), 0)
+    return own > 0 and own == max(size for name, size in parts.items() if name.startswith(ACTIVATIONS))
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,11 @@ class Step:
 
 ENCODING = "encoders' work"
 COPIES, GRADIENTS, BACKWARD = "16-bit copies of the weights", "gradients", "backward's work"
+ACTIVATIONS = "activations"
 
 
 def activations_of(stream: str) -> str:
-    return f"activations of {stream}s"
+    return f"{ACTIVATIONS} of {stream}s"
 
 
 def step(

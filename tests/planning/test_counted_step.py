@@ -13,7 +13,7 @@ from t2v.models.text_encoder import TextEncoder, empty_tower
 from t2v.models.unet import VideoUNet
 from t2v.planning.live_bytes import LiveBytes
 from t2v.planning.memory import GRAPHS, Layout, Mode, by_recomputation, micro_batch_that_fits, per_gpu, ways_that_fit
-from t2v.planning.step import COPIES, GRADIENTS, Parts, step
+from t2v.planning.step import BACKWARD, COPIES, GRADIENTS, Parts, step
 from t2v.training.sharding import size_of
 
 SMALL_VAE = {**SD_CONFIG, "block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
@@ -119,6 +119,8 @@ def test_fsdp_divides_what_stays_and_the_micro_batch_that_fits_does_fit() -> Non
     assert 1 <= fits < 4
     of_images = {"activations of images": 50, "activations of videos": 0, "weights (float32)": 50}
     assert [micro_batch_that_fits(of_images, "video", 4, limit) for limit in (100, 99)] == [4, 0]  # the peak says nothing of videos
+    recomputed = {"activations of videos": 1, BACKWARD: 49, "weights (float32)": 9950}  # next to nothing is kept, but it is theirs
+    assert [micro_batch_that_fits(recomputed, "video", 4, limit) for limit in (10_000, 10_050)] == [4, 8]
     smaller = step(made, {"video": (fits, 8, 64, 64)}, precision="bf16-mixed", keeps_gradients=True)
     assert sum(per_gpu(made, smaller, Layout(8, False, 2, 1, "bf16-mixed")).values()) <= limit
 

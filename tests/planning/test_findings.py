@@ -139,19 +139,22 @@ def test_plan_of_a_wrong_set_up(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("overrides", "errors", "mends"),
+    ("overrides", "tflops", "errors", "mends"),
     [
-        (("strategy=single",), 1, ["module.cuda_graphs=false", *(f"{which} module.cuda_graphs=false" for which in CHECKPOINTING[1:])]),
-        (("strategy=fsdp", "unet.gradient_checkpointing=all"), 0, []),
+        (("strategy=single",), 376, 1, ["module.cuda_graphs=false", *(f"{which} module.cuda_graphs=false" for which in CHECKPOINTING[1:])]),
+        (("strategy=fsdp", "unet.gradient_checkpointing=all"), 328, 0, []),
     ],
 )
-def test_memory_that_graphs_take(overrides: Any, errors: int, mends: list[str], tmp_path: Path) -> None:
+def test_memory_that_graphs_take_and_time_that_they_save(
+    overrides: Any, tflops: int, errors: int, mends: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One GPU; a network that fits without what graphs keep of its gradients, and under FSDP there are none."""
     network = "unet.block_out_channels=[512]", "unet.down_block_types=[DownBlock3D]", "unet.up_block_types=[UpBlock3D]"
     memory = "batch={image: 1, video: 1}", "hardware=h200", "hardware.memory_gib=1.3", "hardware.usable=1"
     places = f"paths.experiments={tmp_path}", f"paths.data={tmp_path}"
     found: list[Finding] = []
     examine(composed("experiment=shapes", "trainer=gpu", *network, "unet.num_temporal_convs=1", *memory, *overrides, *places), found)
+    assert f"at {tflops} TFLOP/s" in capsys.readouterr().out
     wrong = [finding for finding in found if finding.error]
     assert len(wrong) == errors
     offered = [mend.removeprefix("unet.gradient_checkpointing=") for finding in wrong for mend in finding.mend.split(" or ")]
