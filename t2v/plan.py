@@ -262,7 +262,9 @@ def build(cfg: DictConfig, found: list[Finding]) -> Parts | None:
     if type_name(cfg.text_encoder) == "pretrained":
         text_file = find("text_encoder", cfg.text_encoder.path, "text_encoder.path=FILE, or T2V_WEIGHTS in the environment")
     init: Any = None
-    if cfg.init is not None:
+    if cfg.init is not None and type_name(cfg.init) in ("AllWeights", "SpatialWeights"):  # of a run of this repository
+        found += findings.attempt(lambda: made(cfg.init).check(built[0]), "init.path=RUN, or the network's settings")
+    elif cfg.init is not None:
         name = "sd21" if type_name(cfg.init) == "FromStableDiffusion" else "unet"
         init = find(name, cfg.init.path, "init.path=FOLDER, or init.download=true", cfg.init.download, cfg.init.get("repositories"))
     found += [place for place in (autoencoder, text_file, init) if isinstance(place, findings.Finding)]

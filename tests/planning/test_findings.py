@@ -184,6 +184,22 @@ def test_missing_keys_are_findings(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mend: trainer.max_steps=VALUE" in printed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["checkpoint", "spatial"])
+def test_a_start_from_a_run_is_looked_at(init: str, tmp_path: Path) -> None:
+    same = ("experiment=shapes_gpu", f"init={init}", "trainer.devices=1", f"paths.experiments={tmp_path}", f"paths.data={tmp_path}")
+    for path, of, wanted in (
+        ("package:shapes", 64, ""),
+        ("package:shapes", 96, f"{'spatial ' * (init == 'spatial')}layers"),
+        ("nowhere", 64, "nowhere"),
+    ):
+        found: list[Finding] = []
+        examine(composed(*same, f"init.path={path}", f"unet.block_out_channels=[{of},{2 * of}]"), found)
+        wrong = [finding for finding in found if finding.error]
+        assert len(wrong) == bool(wanted)
+        assert all(wanted in finding.problem and finding.mend.startswith("init.path=RUN") for finding in wrong)
+
+
 def test_autoencoder_training(tmp_path: Path) -> None:
     found: list[Finding] = []
     examine(composed("experiment=shapes_autoencoder", "trainer.devices=1", "hardware=cpu", f"paths.experiments={tmp_path}"), found)
