@@ -60,6 +60,8 @@ def benchmark(cfg: DictConfig) -> None:
     unknown = sorted(options.keys() - signature.parameters.keys())
     if unknown:
         raise ValueError(f"what={cfg.what} has no option {unknown[0]}; it has {', '.join(signature.parameters)}")
+    for name, value in options.items():
+        check_numbers(name, value, signature.parameters[name].default)
     here = machine()
     print("  ".join(f"{name} {version}" for name, version in here.items()), flush=True)
     rows: list[dict[str, Any]] = []
@@ -73,6 +75,18 @@ def benchmark(cfg: DictConfig) -> None:
         path.write_text(json.dumps({"what": cfg.what, "options": given, "machine": here, "rows": rows}, indent=1) + "\n")
     if not all(row.get("fine", True) for row in rows):
         raise ValueError("a bound is not kept: see the rows with fine False")
+
+
+def check_numbers(name: str, value: Any, default: Any) -> None:
+    """Raise ValueError for an option that is no list, switch or number where its default is one, and for numbers that are not above 0."""
+    if isinstance(default, tuple) and not isinstance(value, list):
+        raise ValueError(f"options.{name}={value} is to be a list: options.{name}=[{value}]")
+    if isinstance(default, bool) != isinstance(value, bool) and default is not None:
+        raise ValueError(f"options.{name}={value} is to be {'true or false' if isinstance(default, bool) else 'no switch'}")
+    for number in value if isinstance(value, list) else [value]:
+        is_number = isinstance(number, int | float)
+        if (is_number and not isinstance(number, bool) and number <= 0) or (isinstance(default, int | float) and not is_number):
+            raise ValueError(f"options.{name}={value} is to be a number above 0")
 
 
 def line(row: Mapping[str, Any], before: Mapping[str, Any]) -> str:

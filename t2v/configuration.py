@@ -108,10 +108,10 @@ OmegaConf.register_new_resolver("run_name", _run_name_of_this_job, replace=True)
 OmegaConf.register_new_resolver("precision", _precision_of_this_machine, replace=True, use_cache=True)
 
 
-def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+def entry(config_name: str, complete: bool = True) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Make `main(cfg)` a Hydra entry point on conf/<config_name>.yaml whose foreseeable errors end in one line and exit code 1.
 
-    HYDRA_FULL_ERROR=1 shows the traceback as well.
+    HYDRA_FULL_ERROR=1 shows the traceback as well. `complete`: every key must have a value.
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -120,6 +120,8 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[
         @functools.wraps(main)
         def task(cfg: DictConfig) -> Any:
             try:
+                if complete and (missing := OmegaConf.missing_keys(cfg)):
+                    raise ValueError(f"{', '.join(sorted(missing))} not given: write {min(missing)}=VALUE")
                 with _environment("HYDRA_FULL_ERROR", "1" if show_traceback else None):  # as the user has it: main may start ranks
                     return main(cfg)
             except (ValueError, OSError, KeyboardInterrupt, HydraException, OmegaConfBaseException) as error:

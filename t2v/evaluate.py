@@ -147,8 +147,8 @@ def identity(place: str | Path) -> str:
     from t2v import checkpoint
     from t2v.weights import sha256
 
-    path = Path(str(place).partition(":")[2] or str(place)).expanduser()
-    if ":" not in str(place):
+    kind, path = checkpoint.split_place(place)
+    if kind is None:
         marker = checkpoint.find(path) / checkpoint.MARKER
         return hashlib.sha256(marker.read_bytes()).hexdigest()[:16]
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in WEIGHT_SUFFIXES)

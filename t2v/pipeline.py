@@ -18,7 +18,6 @@ from t2v.diffusion.sampling import Sampler
 from t2v.diffusion.schedule import NoiseSchedule
 from t2v.models.convolution import channels_last
 from t2v.models.frozen import Frozen
-from t2v.weights import folder_of
 
 MAX_TOKENS = 77  # N_p, start and end included
 RELEASED_SAMPLE = {"frames": 16, "height": 256, "width": 256, "fps": 8}  # of ModelScope's own pipeline
@@ -67,7 +66,7 @@ class TextToVideoPipeline:
         float32. `autoencoder`, `text_encoder`: where their weights lie, if not where the checkpoint says. Raises ValueError.
         """
         device = default_device() if device is None else usable_device(device)
-        kind, folder = checkpoint.split_place(folder_of(place))
+        kind, folder = checkpoint.split_place(place)
         options: dict[str, Any] = {"device": device, "autoencoder": autoencoder, "text_encoder": text_encoder, "unet_options": unet_options}
         if kind is None:
             unet, frozen, card = checkpoint.read_model(folder, ema, **options)

@@ -59,5 +59,10 @@ def test_misspelt_options_name_near_matches_in_one_line(tmp_path: Path, argument
     assert not list(tmp_path.iterdir())
 
 
+def test_a_key_without_a_value_is_named_as_it_is_typed(tmp_path: Path) -> None:
+    result = train("experiment=shapes", "init=checkpoint", cwd=tmp_path)  # which the module's settings take over
+    assert (result.returncode, result.stderr) == (1, "error: init.path not given: write init.path=VALUE\n")
+
+
 def test_conf_is_found() -> None:
     assert (config_dir() / "experiment" / "base_256.yaml").is_file()

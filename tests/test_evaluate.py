@@ -159,6 +159,7 @@ def test_presets_are_the_papers() -> None:
 
 def test_weights_are_named_by_content_not_by_size(tmp_path: Path) -> None:
     from t2v.evaluate import identity
+    from t2v.weights import folder_of
 
     for name, content in (("a", b"one"), ("b", b"two")):
         (tmp_path / name).mkdir()
@@ -167,3 +168,5 @@ def test_weights_are_named_by_content_not_by_size(tmp_path: Path) -> None:
     (tmp_path / "c" / "unet.safetensors").write_bytes(b"one")
     a, b, c = (identity(f"diffusers:{tmp_path / name}") for name in "abc")
     assert a == c != b
+    shipped = folder_of("package:shapes")
+    assert identity("package:shapes") == identity(shipped) != a

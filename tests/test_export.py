@@ -146,6 +146,9 @@ def test_the_entry_point_goes_from_one_format_to_the_other(
         with pytest.raises(SystemExit):
             export.main()
         assert words in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["export", "checkpoint=package:shapes", "format=t2v", f"output={tmp_path / 'shipped'}"])
+    export.main()
+    assert checkpoint.read_card(tmp_path / "shipped") == checkpoint.read_card(checkpoint.find("package:shapes"))
 
 
 def test_structures_that_diffusers_cannot_hold_are_refused(model: tuple[VideoUNet, Frozen], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from t2v.checkpoint.card import AutoencoderCard, ModelCard
+from t2v.weights import folder_of
 
 UNET, EMA, CARD, MARKER = "unet.safetensors", "ema.safetensors", "model.json", "complete"
 TRAIN, DATA = "train/", "data/"
@@ -272,8 +273,8 @@ def latest(run: Path | str) -> Path | None:
 
 
 def find(path: Path | str) -> Path:
-    """A checkpoint from what a user typed: its folder, or the run that it belongs to (then the newest). Raises CheckpointError."""
-    path = Path(path)
+    """A checkpoint from what a user typed: its folder, `package:NAME`, or a run (its newest checkpoint). Raises CheckpointError."""
+    path = folder_of(path)
     if _folder_of_steps(path).is_dir():
         newest = latest(path)
         if newest is None:

@@ -15,6 +15,7 @@ from torch import nn
 from t2v.checkpoint.folder import CheckpointError
 from t2v.checkpoint.model import fill
 from t2v.diffusion.schedule import PREDICTIONS
+from t2v.weights import folder_of
 
 if TYPE_CHECKING:
     from t2v.models.frozen import Frozen
@@ -36,11 +37,12 @@ class ForeignModel:
 
 
 def split_place(place: Path | str) -> tuple[str | None, Path]:
-    """`diffusers:DIR`, `modelscope:DIR`, or a folder that shows what it is -> ("diffusers", "modelscope" or None for our own; folder)."""
+    """`diffusers:DIR`, `modelscope:DIR`, `package:NAME`, or a folder that shows what it is -> ("diffusers", "modelscope" or None for our
+    own; folder)."""
     prefix, colon, rest = str(place).partition(":")
     if colon and prefix in FORMATS:
         return prefix, Path(rest).expanduser()
-    folder = Path(place).expanduser()
+    folder = folder_of(place)
     if (folder / "model_index.json").is_file():
         return "diffusers", folder
     return ("modelscope" if (folder / MODELSCOPE_UNET).is_file() else None), folder

@@ -12,7 +12,6 @@ from t2v.checkpoint.folder import EMA, UNET, CheckpointError, find
 from t2v.models.attention import ZeroLinear
 from t2v.models.convolution import TemporalConv
 from t2v.models.names import is_temporal
-from t2v.weights import folder_of
 
 
 class AllWeights:
@@ -24,7 +23,7 @@ class AllWeights:
     kind = ""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = folder_of(path)
+        self.path = path
 
     def wanted(self, name: str) -> bool:
         return True

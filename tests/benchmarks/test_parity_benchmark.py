@@ -69,6 +69,12 @@ def test_the_entry_point_prints_and_writes(tmp_path: Path, monkeypatch: pytest.M
         (["what=small", "+options.size=3"], "bound is not kept", 1),
         (["what=nothing"], "what=nothing", 1),
         (["what=small", "+options.sizes=3"], "no option sizes", 1),
+        (["what=small", "+options.size=0"], "options.size=0 is to be a number above 0", 1),
+        (["what=small", "+options.size=many"], "options.size=many is to be a number above 0", 1),
+        (["what=small", "+options.size=true"], "options.size=True is to be no switch", 1),
+        (["what=train", "+options.compile=2"], "options.compile=2 is to be true or false", 1),
+        (["what=train", "+options.batches=8"], "options.batches=8 is to be a list: options.batches=[8]", 1),
+        (["what=train", "+options.batches=[8,0]"], "options.batches=[8, 0] is to be a number above 0", 1),
         (["what=small", "unet=shapes"], "no option config", 1),
         (["what=network", "unet=shapes"], "'block_out_channels': [32, 64]", None),
     ):

@@ -67,6 +67,13 @@ def test_a_missing_gpu_is_named(accelerator: str, devices: int) -> None:
     assert on_cpus.world_size == 2
 
 
+@pytest.mark.parametrize("longest", [12, "soon", "1:30:00"])
+def test_a_time_that_is_no_duration_is_refused(longest: Any) -> None:
+    with pytest.raises(ValueError, match=rf"trainer\.max_time={longest} is no duration: write DD:HH:MM:SS"):
+        make_trainer(functools.partial(Trainer, accelerator="cpu", max_time=longest, logger=False))
+    assert make_trainer(functools.partial(Trainer, accelerator="cpu", max_time="00:01:30:00", logger=False)).max_steps == -1
+
+
 def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer: Any = SimpleNamespace(world_size=2, strategy=SimpleNamespace(cluster_environment=SimpleNamespace(main_port=free_port())))
     check_port(trainer)
