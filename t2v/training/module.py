@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
@@ -95,6 +96,7 @@ class TextToVideoModule(LightningModule):
         self.trained: dict[str, nn.Parameter] = {}  # what the optimizer steps on: the parameters, or this rank's rows of each
         self.micro_batches: list[MicroBatch] = []  # of the optimizer step under way, or just done
         self.watch = NanWatch()
+        self.callbacks_done_at = 0.0  # when those of the last step were: what passes from there to the next is waiting for data
 
     # -- set-up ---------------------------------------------------------------------------------------------------------------------
 
@@ -273,7 +275,11 @@ class TextToVideoModule(LightningModule):
         """What model.json says of a checkpoint."""
         return checkpoint.describe(self.unet, self.frozen, self.sampler, sample=self.sample, step=step)
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.callbacks_done_at = time.perf_counter()  # theirs come first
+
     def on_train_start(self) -> None:
+        self.callbacks_done_at = time.perf_counter()
         if self.cuda_graphs and isinstance(self.trainer.strategy, FullyShardedStrategy):
             if self.trainer.is_global_zero:
                 print(

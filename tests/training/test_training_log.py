@@ -20,7 +20,7 @@ KL: dict[str, Any] = {**SD_CONFIG, "block_out_channels": [8, 8, 8, 8], "norm_num
 
 
 class Clock:
-    """Steps of 2 seconds each."""
+    """Steps of 2 seconds each, half a second of it waiting for data; before each, other callbacks take 3 seconds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -41,12 +41,15 @@ def step(log: TrainingLog, trainer: Any, clock: Clock, batch: dict[str, ClipBatc
         objective=DenoisingLoss(),
         watch=NanWatch(),
         micro_batches=micro_batches,
+        callbacks_done_at=clock.now + (3 if trainer.global_step else 8),
     )
     if trainer.global_step == 0:
         log.setup(trainer, module, "fit")
         clock.now += 5
         log.on_train_start(trainer, module)
-    clock.now += 2
+    clock.now += 3.5
+    log.on_train_batch_start(trainer, module, batch, 0)
+    clock.now += 1.5
     trainer.global_step += 1
     log.on_train_batch_end(trainer, module, None, batch, 0)
 
@@ -81,6 +84,7 @@ def test_speed_for_each_gpu_beside_the_ceiling(monkeypatch: pytest.MonkeyPatch) 
     assert len(logged) == 2
     for scalars in logged:
         assert scalars["speed/clips_per_second"] == pytest.approx(1.0)
+        assert (scalars["speed/data_wait"], scalars["speed/callbacks"]) == (0.25, 0.6)
         assert scalars["speed/clips_per_second_per_gpu"] == pytest.approx(0.5)
         assert scalars["speed/images_per_second_per_gpu"] == pytest.approx(0.75)
         assert scalars["speed/tflop_per_second_per_gpu"] == pytest.approx((3 * image + 2 * video) / 2 / 2)

@@ -31,7 +31,8 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...], bool]
 class TrainingLog(Callback):
     """Every `every_n_steps` optimizer steps: loss of images and of videos, loss by quarter of the timesteps, learning rate, gradient norm,
     update-to-weight ratio, clips/s and images/s, share of the time spent waiting for data, peak memory, skipped samples by reason; for each
-    GPU clips/s, images/s, TFLOP/s and their share of the ceiling.
+    GPU clips/s, images/s, TFLOP/s and their share of the ceiling. What other callbacks take (samples, scores, checkpoints) is in none of
+    them but in `speed/callbacks`, its share of all time.
 
     TFLOP/s are of the network (forward, and twice that backward) and of the autoencoder where it encodes, counted once for each shape;
     what is recomputed to save memory does not count. `ceiling` is the best that one GPU reaches, in TFLOP/s; measured if None. Logged once:
@@ -51,7 +52,7 @@ class TrainingLog(Callback):
         self.bad: Counter[tuple[str, str]] = Counter()
         self.seen: Counter[str] = Counter()
         self.losses: list[tuple[str, Tensor, Tensor]] = []  # (stream, timesteps, losses) since the last log
-        self.waited = 0.0
+        self.waited = self.aside = 0.0  # seconds since the last log: for data, and in other callbacks
         self.since = self.batch_ended = self.set_up_at = time.perf_counter()
         self.logged_step = self.started_at = 0
 
@@ -64,8 +65,9 @@ class TrainingLog(Callback):
         self.since = self.batch_ended = time.perf_counter()
         self.logged_step = self.started_at = trainer.global_step
 
-    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: dict[str, ClipBatch], batch_idx: int) -> None:
-        self.waited += time.perf_counter() - self.batch_ended
+    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: dict[str, ClipBatch], batch_idx: int) -> None:
+        self.waited += time.perf_counter() - module.callbacks_done_at
+        self.aside += module.callbacks_done_at - self.batch_ended
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: dict[str, ClipBatch], batch_idx: int) -> None:
         for stream, clips in batch.items():
@@ -81,7 +83,7 @@ class TrainingLog(Callback):
             self.trained[shapes] += len(clips)
         step = trainer.global_step
         if step == self.started_at + 1 and self.logged_step == self.started_at and not self.first_step:
-            now = time.perf_counter()
+            now = time.perf_counter() - self.aside
             self.first_step = {"speed/startup_seconds": now - self.set_up_at, "speed/first_step_seconds": now - self.since}
         if step > self.logged_step and step % self.every_n_steps == 0:
             self.logged_step = step
@@ -101,7 +103,8 @@ class TrainingLog(Callback):
             scalars[f"optimizer/update_to_weight_{group['name']}"] = update_to_weight(trainer.optimizers[0], group)
         if module.watch.norm is not None:
             scalars["optimizer/gradient_norm"] = float(module.watch.norm)
-        images, clips, tflop = (seen / (now - self.since)).tolist()
+        trained_for = now - self.since - self.aside
+        images, clips, tflop = (seen / trained_for).tolist()
         scalars["speed/images_per_second"], scalars["speed/clips_per_second"] = images, clips
         per_gpu = {"images_per_second": images, "clips_per_second": clips, "tflop_per_second": tflop}
         scalars |= {f"speed/{name}_per_gpu": value / trainer.world_size for name, value in per_gpu.items()}
@@ -109,7 +112,8 @@ class TrainingLog(Callback):
             scalars["speed/of_ceiling"] = tflop / trainer.world_size / self.ceiling
         scalars |= self.first_step
         self.first_step = {}
-        scalars["speed/data_wait"] = self.waited / (now - self.since)
+        scalars["speed/data_wait"] = self.waited / trained_for
+        scalars["speed/callbacks"] = self.aside / (now - self.since)
         scalars["memory/peak_gb"] = peak_memory_gb(module.device)
         for (source, reason), count in self.bad.items():
             scalars[f"skipped/{source}/{reason}"] = count
@@ -118,7 +122,7 @@ class TrainingLog(Callback):
         trainer.callback_metrics.update(
             {name: torch.tensor(value) for name, value in scalars.items() if name.startswith(("loss", "speed"))}
         )
-        self.since, self.waited = now + counted_in, 0.0
+        self.since, self.waited, self.aside = now + counted_in, 0.0, 0.0
         self.seen.clear()
         self.trained.clear()
 
