@@ -37,7 +37,8 @@ class Autoencoder:
                          smaller or larger ones as have those pixels
     channels_last        the forward pass of autoencoder_layers instead of diffusers'; None: on GPUs, where the network is of that kind; on
                          CPUs diffusers' own with the weights laid out so, which their convolutions and GroupNorm are faster with
-    compile              that forward pass through torch.compile: faster after a minute of compiling for each shape
+    compile              the forward pass of autoencoder_layers, on CPUs, too, through torch.compile: faster after a minute of compiling for
+                         each shape
 
     Raises ValueError for options that the network does not allow.
     """
@@ -54,11 +55,13 @@ class Autoencoder:
             raise ValueError(f"max_frames_per_pass={max_frames_per_pass} must be at least 1")
         if channels_last and not autoencoder_layers.is_supported(model):
             raise ValueError("channels_last=true is for Stable Diffusion's kinds of blocks, and this autoencoder has others: leave it out")
+        if compile and not autoencoder_layers.is_supported(model):
+            raise ValueError("compile=true is for Stable Diffusion's kinds of blocks, and this autoencoder has others: leave it out")
         if compile and channels_last is False:
             raise ValueError("compile=true compiles the forward pass that channels_last=false leaves out: set one of them only")
         self.model: Any = model.eval().requires_grad_(False)
         self.max_frames_per_pass = max_frames_per_pass
-        self._wants_channels_last = channels_last
+        self._wants_channels_last = True if compile else channels_last
         passes = autoencoder_layers.encode, autoencoder_layers.decode
         self._encoder_pass, self._decoder_pass = (torch.compile(f, dynamic=False) if compile else f for f in passes)
         config: dict[str, Any] = dict(model.config)
@@ -170,8 +173,8 @@ class Autoencoder:
         return self._wants_channels_last
 
     def _lay_out(self) -> None:
-        if self.channels_last or (self._wants_channels_last is None and self.device.type == "cpu"):
-            torch.nn.Module.to(self.model, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        last = self.channels_last or (self._wants_channels_last is None and self.device.type == "cpu")
+        torch.nn.Module.to(self.model, memory_format=torch.channels_last if last else torch.contiguous_format)  # type: ignore[call-overload]
 
     def sha256(self) -> str:
         """Hash of the weights, hexadecimal."""

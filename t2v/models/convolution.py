@@ -211,8 +211,7 @@ class TemporalConvBlock(Fusable):
 
     def forward(self, x: Tensor) -> Tensor:
         fused = self.fused(x)
-        drops = self.training and self.dropout > 0
-        if fused and x.shape[1] > 1 and not torch.is_grad_enabled() and not drops:
+        if fused and x.shape[1] > 1 and not torch.is_grad_enabled() and not self.training:
             return self.by_products(x)
         h, bias = x, None
         for i, layers in enumerate(self.children()):
@@ -225,8 +224,8 @@ class TemporalConvBlock(Fusable):
         return x + h if bias is None else fused_residual_sum(x, h, bias[0])
 
     def by_products(self, x: Tensor) -> Tensor:
-        """Without dropout and gradients: each norm writes all that a position's taps read side by side, three times as much, so that a
-        convolution is one matrix product; faster than cuDNN's at every size of ours."""
+        """For sampling, without dropout and gradients: each norm writes all that a position's taps read side by side, three times as much,
+        so that a convolution is one matrix product; faster than cuDNN's at every size of ours."""
         h, bias = x, None
         for layers in self.children():
             norm, conv = layers[0], layers[-1]  # type: ignore[index]

@@ -32,7 +32,8 @@ def joinable(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias."""
-    if not (HALF_SPEED and plain_float32_on_cpu(x)):
+    fits = weight.dtype == torch.float32 and weight.shape[1] == x.shape[-1]  # else torch says what is wrong in clearer words
+    if not (HALF_SPEED and fits and plain_float32_on_cpu(x)):
         return F.linear(x, weight, bias)
     weight = weight.contiguous()  # of one with gaps, as the middle tap of a temporal convolution, oneDNN's product takes 300 times as long
     return LinearByOneDNN.apply(x, weight, bias) if torch.is_grad_enabled() else one_dnn(x, weight, bias)

@@ -263,7 +263,8 @@ class Checkpoints(Callback):
             self._settle(trainer)
         if step == self.tried_step or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        stop = bool(trainer.strategy.reduce_boolean_decision(self.received is not None, all=False))  # one rank's signal stops all of them
+        self.received = one_of_all(trainer, self.received)  # one rank's signal stops all of them
+        stop = self.received is not None
         if stop or step % self.every_n_steps == 0 or step >= trainer.max_steps:
             self.save(trainer)
         if stop:
@@ -311,6 +312,14 @@ class Checkpoints(Callback):
         elif trainer.logger is not None:
             cost = {"seconds": stalled, "write_seconds": writer.write_seconds, "gigabytes_per_writer": writer.bytes_written / 1e9}
             trainer.logger.log_metrics({f"checkpoint/{name}": value for name, value in cost.items()}, step)
+
+
+def one_of_all(trainer: Trainer, number: int | None) -> int | None:
+    """The highest of the ranks' signals, the same on every rank; None where nobody got one."""
+    if trainer.world_size == 1:
+        return number
+    highest = trainer.strategy.reduce(torch.tensor(number or 0, device=trainer.strategy.root_device), reduce_op="max")
+    return int(highest) or None
 
 
 def _writer(trainer: Trainer) -> FolderCheckpointIO:

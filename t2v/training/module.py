@@ -280,15 +280,13 @@ class TextToVideoModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.callbacks_done_at = time.perf_counter()
-        if self.cuda_graphs and isinstance(self.trainer.strategy, FullyShardedStrategy):
-            if self.trainer.is_global_zero:
-                print(
-                    "graphs   none: strategy=fsdp gathers weights to another place in every step, where no CUDA graph finds them",
-                    flush=True,
-                )
-        elif self.cuda_graphs and self.device.type == "cuda":
+        sharded = isinstance(self.trainer.strategy, FullyShardedStrategy)
+        if self.cuda_graphs and self.device.type == "cuda" and not sharded:
             self.record_network()
             self.forget_gradients()
+        elif self.cuda_graphs and self.trainer.is_global_zero:
+            why = "strategy=fsdp gathers weights to another place in every step, where no CUDA graph finds them"
+            print(f"graphs   none: {why if sharded else 'there is no NVIDIA GPU'}", flush=True)
         lay_out_like_parameters(self.trainer.optimizers[0])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.accelerators import CPUAccelerator
+from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from t2v import checkpoint as folder_format
@@ -219,6 +220,7 @@ def finish(trainer: Trainer, module: LightningModule, callbacks: Mapping[str, Ca
         results = {
             "step": trainer.global_step,
             "max_steps": trainer.max_steps,
+            "out_of_time": any(isinstance(one, Timer) and (one.time_remaining() or 0) <= 0 for one in trainer.callbacks),  # type: ignore[attr-defined]
             "seconds_of_this_session": seconds,
             "metrics": metrics,
             "report": report,
@@ -245,7 +247,7 @@ def show(results: dict[str, Any], folder: Path, samples: bool) -> None:
     for table in results["report"]:
         print(table, end="\n\n")
     of_all = "" if results["step"] >= results["max_steps"] else f" of {results['max_steps']}"
-    onward = "; trainer.max_time is over, the same command goes on" if of_all else ""
+    onward = "; trainer.max_time is over, the same command goes on" if of_all and results.get("out_of_time") else ""
     print(f"trained  {results['step']}{of_all} steps{onward}; results in {folder / RESULTS}")
     if samples:
         print(f"samples  {folder / 'samples'}")

@@ -72,6 +72,8 @@ class Run(Life):
             wait(60, lambda: not victim.is_alive())
             assert not victim.is_alive(), f"{number.name} {moment}: rank did not end within 60 s: {self.said()}"
             wait(20, lambda: not any(process.is_alive() for process in ranks))  # or srun ends the other one
+            if number != signal.SIGKILL and moment != "anywhere":  # one rank's signal is every rank's
+                assert [process.exitcode for process in ranks] == [128 + number] * len(ranks), (number, moment, self.said())
 
 
 def wait(seconds: float, condition: Callable[[], bool]) -> None:

@@ -151,6 +151,8 @@ def test_compile_is_of_the_forward_pass(model: Any, monkeypatch: pytest.MonkeyPa
     autoencoder.decode(torch.zeros(1, 4, 1, 2, 2))
     autoencoder.moments(frames(1, 1, 16, 16))
     assert called == ["decode", "encode"]
+    Autoencoder(model, compile=True).moments(frames(1, 1, 16, 16))
+    assert called == ["decode", "encode", "encode"]
     with pytest.raises(ValueError, match="channels_last=false"):
         Autoencoder(model, channels_last=False, compile=True)
 
@@ -161,8 +163,22 @@ def test_other_kinds_of_blocks_keep_diffusers_forward_pass() -> None:
     other: Any = AutoencoderKL(**{**TINY, "act_fn": "relu"})
     assert Autoencoder(other).channels_last is False
     assert not is_supported(other)
-    with pytest.raises(ValueError, match="leave it out"):
-        Autoencoder(other, channels_last=True)
+    for option in ("channels_last", "compile"):
+        with pytest.raises(ValueError, match=f"{option}=true.*leave it out"):
+            Autoencoder(other, **{option: True})
+
+
+def test_on_a_gpu_weights_of_other_kinds_of_blocks_are_laid_out_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU they are channels-last, which diffusers' GroupNorm is slow with on a GPU."""
+    from diffusers import AutoencoderKL
+
+    model: Any = AutoencoderKL(**{**TINY, "act_fn": "relu"})
+    strides = [parameter.stride() for parameter in model.parameters()]
+    autoencoder = Autoencoder(model)
+    assert [parameter.stride() for parameter in model.parameters()] != strides
+    monkeypatch.setattr(Autoencoder, "device", torch.device("cuda"))
+    autoencoder.to(dtype=torch.float32)
+    assert [parameter.stride() for parameter in model.parameters()] == strides
 
 
 def test_on_a_gpu_small_frames_go_through_together(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from t2v.models.spatio_temporal import stages_of
 from t2v.models.unet import VideoUNet
 from t2v.pipeline import TextToVideoPipeline
 from t2v.training.callbacks.samples import SampleVideos
-from t2v.training.checkpoints import Checkpoints
+from t2v.training.checkpoints import Checkpoints, one_of_all
 from t2v.training.mixture import JointMixture
 from t2v.training.run import farewell
 from t2v.training.sharding import gathered_together, is_sharded, local, materialise, size_of
@@ -282,3 +283,20 @@ def test_removing_a_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     (folder / "unet.safetensors").write_text("x")
     FolderCheckpointIO(lambda: None).remove_checkpoint(folder)  # type: ignore[arg-type, return-value]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_at_one_rank_is_every_rank_s() -> None:
+    ranks = [None, signal.SIGUSR1, None, signal.SIGTERM]
+    highest = torch.tensor(max(number or 0 for number in ranks))
+
+    def reduce(mine: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        assert reduce_op == "max"
+        return torch.maximum(mine, highest)
+
+    strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
+    several: Any = SimpleNamespace(world_size=4, strategy=strategy)
+    assert [one_of_all(several, number) for number in ranks] == [signal.SIGTERM] * 4
+    highest.zero_()
+    assert one_of_all(several, None) is None
+    alone: Any = SimpleNamespace(world_size=1)
+    assert (one_of_all(alone, None), one_of_all(alone, signal.SIGINT)) == (None, signal.SIGINT)

@@ -49,8 +49,8 @@ class FusedAddLayerNorm(torch.autograd.Function):
         y = torch.empty_like(x, dtype=dtype)
         rows, sizes = _sizes(x)
         programs = -(-rows // sizes["ROWS"])
-        branch = None if branch is None else branch.contiguous()
-        adds = {"BRANCH": branch is not None, "OFFSET": branch is not None and offset is not None}
+        branch, offset = (None, None) if branch is None else (branch.contiguous(), offset)  # no branch: the offset is not used
+        adds = {"BRANCH": branch is not None, "OFFSET": offset is not None}
         launch(_norm_forward, programs, x, x, branch, offset, weight, bias, total, y, rows, eps, **sizes, **adds)
 
         def write(y: Tensor) -> None:
