@@ -31,6 +31,8 @@ def generate(cfg: DictConfig) -> None:
         raise ValueError(f"checkpoint={cfg.checkpoint} and weights={cfg.weights} exclude each other: leave one out")
     if cfg.weights is not None and not str(cfg.weights).startswith(("diffusers:", "modelscope:")):
         raise ValueError(f"weights={cfg.weights} says no format: write weights=diffusers:DIR or weights=modelscope:DIR, or checkpoint=PATH")
+    if cfg.fps is not None and not cfg.fps > 0:
+        raise ValueError(f"fps={cfg.fps} must be above 0")
     output = Path(cfg.output)
 
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -45,6 +45,13 @@ class FrameRecipe(Protocol):
         """(uint8 (f h w c), start in seconds). Raises BadSample."""
 
 
+def above_zero(**numbers: float) -> None:
+    """Raise ValueError for those that are not."""
+    for name, number in numbers.items():
+        if not number > 0:
+            raise ValueError(f"{name}={number} of the clips to read must be above 0")
+
+
 @dataclass(frozen=True)
 class ImageFrames:
     """An image as a clip of one frame (section 3.3): the middle square, scaled."""
@@ -52,6 +59,9 @@ class ImageFrames:
     size: int = 256
     min_size: int = 0  # pixels of the shorter side; smaller images are skipped
     max_pixels: int = 50_000_000
+
+    def __post_init__(self) -> None:
+        above_zero(size=self.size)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -75,6 +85,9 @@ class VideoFrames:
     max_pixels: int = 4096 * 2304
     backend: Literal["pyav", "torchcodec"] = "pyav"
     starts: Literal["any", "grid"] = "any"
+
+    def __post_init__(self) -> None:
+        above_zero(num_frames=self.num_frames, fps=self.fps, size=self.size)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from t2v.batch import Clip
 from t2v.data.arrays import pack, read_moments, unpack
 from t2v.data.errors import BadSample, QualityLimits
+from t2v.data.frames import above_zero
 from t2v.data.laion import describe
 from t2v.data.order import Draw
 from t2v.data.raw import RawSample
@@ -115,6 +116,9 @@ class LatentFrames:
 
     card: LatentCard
     num_frames: int = 16
+
+    def __post_init__(self) -> None:
+        above_zero(num_frames=self.num_frames)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -28,7 +28,7 @@ from t2v.batch import Clip, ClipBatch, Cursor
 from t2v.data.errors import DataQualityError
 from t2v.data.progress import Progress, check_state
 from t2v.data.readers import START, ClipStream, Host
-from t2v.data.workers import end_with_parent, hanging_is_an_error
+from t2v.data.workers import end_daemons_at_exit, end_with_parent, hanging_is_an_error
 
 log = logging.getLogger(__name__)
 NOTHING = torch.empty(0)
@@ -153,6 +153,7 @@ class ClipLoader:
         hosting = Hosting(self.stream, self.rank, self.world, consumed, self.state["cursors"])
         if self.num_workers == 0:
             return hosting.items()
+        end_daemons_at_exit()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
             loader = DataLoader(

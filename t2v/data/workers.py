@@ -1,7 +1,9 @@
-"""What every process that prepares data does at its start."""
+"""What processes that prepare data, and those that started them, do so that none outlives the other."""
 
 from __future__ import annotations
 
+import atexit
+import functools
 import multiprocessing
 import os
 import threading
@@ -19,6 +21,18 @@ def end_with_parent() -> None:
             os._exit(1)
 
     threading.Thread(target=wait, name="end-with-parent", daemon=True).start()
+
+
+@functools.cache  # once is enough
+def end_daemons_at_exit() -> None:
+    """In a process whose daemonic workers let a SIGTERM pass: multiprocessing sends one at exit, and then waits for them for ever."""
+
+    def end() -> None:
+        for process in multiprocessing.active_children():
+            if process.daemon:
+                process.kill()
+
+    atexit.register(end)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,6 +19,7 @@ from made_shards import image_sample, tiny, video_sample, write_images, write_ta
 
 from t2v.batch import ClipBatch
 from t2v.data.errors import DataQualityError
+from t2v.data.frames import ImageFrames, VideoFrames
 from t2v.data.laion import laion
 from t2v.data.loader import MAX_CHUNK, ClipLoader, Hosting, owned, split
 from t2v.data.progress import Progress
@@ -326,6 +329,25 @@ class Broken:
 
     def __call__(self, *_):
         raise KeyError("a bug")
+
+
+def test_a_process_that_fails_beside_its_workers_ends(folder: Path) -> None:
+    """They let its SIGTERM pass, as a scheduler's, and multiprocessing would wait for them for ever."""
+    program = f"""
+from t2v.data.loader import ClipLoader
+from t2v.data.laion import laion
+batches = iter(ClipLoader(laion({str(folder)!r}, size=4, num_readers=8, buffer=5), global_batch=4, num_workers=2))
+next(batches)
+raise SystemExit(7)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 7, ended.stderr
+
+
+def test_numbers_of_clips_are_above_zero() -> None:
+    for kind, wrong in ((VideoFrames, "num_frames"), (VideoFrames, "fps"), (VideoFrames, "size"), (ImageFrames, "size")):
+        with pytest.raises(ValueError, match=f"{wrong}=0 of the clips to read must be above 0"):
+            kind(**{wrong: 0})
 
 
 @pytest.mark.parametrize("workers", [0, 1])
