@@ -263,8 +263,10 @@ class Checkpoints(Callback):
             self._settle(trainer)
         if step == self.tried_step or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self.received = one_of_all(trainer, self.received)  # one rank's signal stops all of them
-        stop = self.received is not None
+        number = one_of_all(trainer, self.received)  # one rank's signal stops all of them
+        stop = number is not None
+        if stop:  # otherwise nothing is set: a signal may have come meanwhile
+            self.received = number
         if stop or step % self.every_n_steps == 0 or step >= trainer.max_steps:
             self.save(trainer)
         if stop:

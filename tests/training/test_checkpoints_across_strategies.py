@@ -24,8 +24,9 @@ from t2v.checkpoint import CheckpointError, Piece, reserve, write_pieces
 from t2v.models.spatio_temporal import stages_of
 from t2v.models.unet import VideoUNet
 from t2v.pipeline import TextToVideoPipeline
+from t2v.training import checkpoints
 from t2v.training.callbacks.samples import SampleVideos
-from t2v.training.checkpoints import Checkpoints, one_of_all
+from t2v.training.checkpoints import Checkpoints, FolderCheckpointIO, one_of_all
 from t2v.training.mixture import JointMixture
 from t2v.training.run import farewell
 from t2v.training.sharding import gathered_together, is_sharded, local, materialise, size_of
@@ -300,3 +301,14 @@ def test_a_signal_at_one_rank_is_every_rank_s() -> None:
     assert one_of_all(several, None) is None
     alone: Any = SimpleNamespace(world_size=1)
     assert (one_of_all(alone, None), one_of_all(alone, signal.SIGINT)) == (None, signal.SIGINT)
+
+
+def test_a_signal_that_comes_while_ranks_ask_each_other_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    callback = Checkpoints()
+    monkeypatch.setattr(Checkpoints, "_settle", lambda self, trainer: None)
+    trainer: Any = SimpleNamespace(global_step=1, max_steps=9, accumulate_grad_batches=1, should_stop=False)
+    trainer.strategy = SimpleNamespace(checkpoint_io=object.__new__(FolderCheckpointIO))
+    monkeypatch.setattr(FolderCheckpointIO, "is_writing", False)
+    monkeypatch.setattr(checkpoints, "one_of_all", lambda trainer, number: callback._receive(signal.SIGUSR1, None) or number)
+    callback.on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
+    assert (callback.received, trainer.should_stop) == (signal.SIGUSR1, False)
