@@ -114,6 +114,7 @@ def test_cut_prompts_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch, cap
         (["prompt=a cat", "checkpoint=models/step-7", "device=teapot"], "device teapot is unknown"),
         (["prompt=a cat", "checkpoint=models/step-7", "device=cuda:77"], "device cuda:77 is not here"),
         (["prompt=a cat", "sampler=dmp"], "Did you mean"),
+        (["prompt=a cat", "fps=-3"], "fps=-3 must be above 0"),
         (["promt=a cat"], "Did you mean prompt"),
         (["prompt=a cat", "checkpoint=models/step-7", "output=/proc/here"], "cannot write to /proc/here"),
     ],

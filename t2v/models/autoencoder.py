@@ -53,10 +53,9 @@ class Autoencoder:
     ):
         if max_frames_per_pass is not None and max_frames_per_pass < 1:
             raise ValueError(f"max_frames_per_pass={max_frames_per_pass} must be at least 1")
-        if channels_last and not autoencoder_layers.is_supported(model):
-            raise ValueError("channels_last=true is for Stable Diffusion's kinds of blocks, and this autoencoder has others: leave it out")
-        if compile and not autoencoder_layers.is_supported(model):
-            raise ValueError("compile=true is for Stable Diffusion's kinds of blocks, and this autoencoder has others: leave it out")
+        for option, asked in (("channels_last", channels_last), ("compile", compile)):
+            if asked and not autoencoder_layers.is_supported(model):
+                raise ValueError(f"{option}=true is for Stable Diffusion's kinds of blocks, and this autoencoder has others: leave it out")
         if compile and channels_last is False:
             raise ValueError("compile=true compiles the forward pass that channels_last=false leaves out: set one of them only")
         self.model: Any = model.eval().requires_grad_(False)

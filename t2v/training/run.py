@@ -6,7 +6,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -32,7 +31,6 @@ from t2v.training.slurm import first_process
 from t2v.training.tensorboard import add_text
 
 RESULTS = "results.json"
-DURATION = r"\d+:\d\d:\d\d:\d\d"
 
 
 def quiet_third_parties() -> None:
@@ -111,8 +109,12 @@ def make_trainer(trainer: Callable[..., Trainer], **arguments: Any) -> Trainer:
     """Raises ValueError for devices that this machine does not have, and for what is no duration."""
     asked = getattr(trainer, "keywords", {})
     longest = asked.get("max_time")
-    if longest is not None and not re.fullmatch(DURATION, str(longest)):
-        raise ValueError(f"trainer.max_time={longest} is no duration: write DD:HH:MM:SS, such as 00:01:30:00 for an hour and a half")
+    try:
+        Timer(longest)
+    except (MisconfigurationException, AttributeError) as error:  # a number has no seconds
+        raise ValueError(
+            f"trainer.max_time={longest} is no duration: write DD:HH:MM:SS, such as 00:01:30:00 for an hour and a half"
+        ) from error
     advice = (
         "Ask for as many as there are (nvidia-smi lists them), trainer.devices=auto, or trainer.accelerator=cpu for processes on the CPU"
     )

@@ -21,6 +21,7 @@ from t2v.batch import ClipBatch
 from t2v.data.errors import DataQualityError
 from t2v.data.frames import ImageFrames, VideoFrames
 from t2v.data.laion import laion
+from t2v.data.latents import LatentFrames
 from t2v.data.loader import MAX_CHUNK, ClipLoader, Hosting, owned, split
 from t2v.data.progress import Progress
 from t2v.data.readers import ClipStream, Host
@@ -348,6 +349,8 @@ def test_numbers_of_clips_are_above_zero() -> None:
     for kind, wrong in ((VideoFrames, "num_frames"), (VideoFrames, "fps"), (VideoFrames, "size"), (ImageFrames, "size")):
         with pytest.raises(ValueError, match=f"{wrong}=0 of the clips to read must be above 0"):
             kind(**{wrong: 0})
+    with pytest.raises(ValueError, match="num_frames=0"):
+        LatentFrames(None, num_frames=0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

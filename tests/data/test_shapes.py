@@ -244,6 +244,15 @@ def test_render_is_what_the_readers_show() -> None:
     assert render(held_out_images(1)[0], size=64).shape == (1, 64, 64, 3)
 
 
+@pytest.mark.parametrize(("size", "height"), [(64, 96), (128, 160)])
+def test_the_truth_comes_from_files_as_high_as_the_readers(size: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    heights: list[int] = []
+    draw = shapes.image_bytes
+    monkeypatch.setattr(shapes, "image_bytes", lambda spec, height: (heights.append(height), draw(spec, height))[1])
+    assert render(held_out_images(1)[0], size=size).shape == (1, size, size, 3)
+    assert heights == [height]
+
+
 def test_the_world_of_motion_differs_in_motion_alone() -> None:
     clips, images = (Settings(media, 64, world="motion") for media in ("video", "image"))  # type: ignore[arg-type]
     specs = [clips.spec(k) for k in range(64)] + held_out_specs(16, kind="motion")

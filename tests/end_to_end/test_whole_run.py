@@ -30,6 +30,7 @@ def test_whole_run_report_and_refusals(trainings: Trainings) -> None:
         "speed/clips_per_second",
         "speed/images_per_second",
         "speed/data_wait",
+        "speed/callbacks",
         "speed/tflop_per_second_per_gpu",
         "speed/startup_seconds",
         "memory/peak_gb",

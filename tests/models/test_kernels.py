@@ -101,6 +101,18 @@ def test_layer_norm_of_a_sum(d: int, branch: bool, offset: bool) -> None:
     compare(lambda *a: fused_add_layer_norm(*a, 1e-5), lambda *a: plain_add_layer_norm(*a, 1e-5), *arguments)
 
 
+def test_an_offset_without_a_branch_is_left_out_of_both_passes() -> None:
+    x, offset, weight, bias = randn(2, 5, 40), randn(40), randn(40), randn(40)
+    _, y = fused_add_layer_norm(x, None, offset, weight, bias, 1e-5)
+    torch.testing.assert_close(y, plain_add_layer_norm(x, None, offset, weight, bias, 1e-5)[1])
+    assert torch.autograd.grad(y.sum(), offset, allow_unused=True) == (None,)
+
+
+def test_a_branch_of_another_shape_is_no_residual() -> None:
+    with pytest.raises(AssertionError, match="4, 8"):
+        fused_residual_sum(randn(4, 8), randn(1, 8), randn(8))
+
+
 @pytest.mark.parametrize("d", [32, 50])
 def test_geglu(d: int) -> None:
     torch.manual_seed(0)
@@ -183,10 +195,8 @@ def test_temporal_convolutions_as_products(monkeypatch: pytest.MonkeyPatch, laid
     monkeypatch.setattr(TemporalConv, "forward", lambda self, x, with_bias: pytest.fail("a convolution"))
     with torch.no_grad():
         assert (block(x) - expected).abs().max() <= BOUND * expected.abs().max()
-    for needs_convolutions in (
-        lambda: block(x),
-        lambda: torch.no_grad()(block.train())(x),
-    ):  # in training layers are hooked to find a NaN's first
+    # Gradients need the convolutions, and so do the hooks that find the first layer with a NaN, which a network in training has.
+    for needs_convolutions in (lambda: block(x), lambda: torch.no_grad()(block.train())(x)):
         with pytest.raises(pytest.fail.Exception, match="a convolution"):
             needs_convolutions()
 

@@ -112,3 +112,11 @@ def test_no_weight_with_gaps_is_multiplied_by_one_dnn(frames: int, monkeypatch: 
         network.eval()(*args)
     assert dense
     assert all(dense)
+
+
+def test_what_does_not_fit_is_said_in_torch_s_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise, "HALF_SPEED", True)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        pointwise.linear(torch.randn(3, 8), torch.randn(4, 9))
+    with pytest.raises(RuntimeError, match="dtype"):
+        pointwise.linear(torch.randn(3, 8), torch.randn(4, 8, dtype=torch.float64))

@@ -109,6 +109,13 @@ def test_sharded_networks_are_not_recorded_and_it_is_said(tmp_path: Path) -> Non
     assert "graphs   none: strategy=fsdp" in said
 
 
+def test_without_a_gpu_nothing_is_recorded_and_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = small_module(cuda_graphs=True)
+    fit(module, MadeUpData(BATCH, BATCH, JointMixture()), tmp_path)
+    assert module.recorded is None
+    assert "graphs   none: there is no NVIDIA GPU" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("strategy", ["DDPStrategy", "SingleDeviceStrategy"])
 def test_every_other_strategy_records(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import pytorch_lightning.strategies as strategies

@@ -21,6 +21,7 @@ from t2v.training.learning_rate import constant, cosine
 from t2v.training.mixture import JointMixture
 from t2v.training.module import TextToVideoModule
 from t2v.training.nan_watch import Model, first_bad_gradient, first_bad_layer, gradient_norms, norm_of
+from t2v.training.run import show
 
 
 def test_ema_is_the_weighted_mean_of_the_weights() -> None:
@@ -165,3 +166,15 @@ def test_training_noise_is_that_of_the_schedule(monkeypatch: pytest.MonkeyPatch)
     clips = MadeUpData({"video": 1}, {"video": 1}, JointMixture()).clips("video", [0])
     noise = module.predict("video", clips).noise
     assert torch.equal(noise, schedule.noise([(module.seed, "noise", 0, "video", 0)], noise.shape[1:]))
+
+
+@pytest.mark.parametrize(("step", "out_of_time", "words"), [
+    (5, True, "trained  5 of 10 steps; trainer.max_time is over, the same command goes on; results"),
+    (5, False, "trained  5 of 10 steps; results"),
+    (10, True, "trained  10 steps; results"),
+])  # fmt: skip
+def test_what_ended_a_training_is_said(
+    step: int, out_of_time: bool, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show({"step": step, "max_steps": 10, "out_of_time": out_of_time, "report": []}, tmp_path, samples=False)
+    assert words in capsys.readouterr().out
