@@ -19,7 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -46,6 +51,9 @@ IGNORED_IN_RUN_NAMES = (
 class UserError(ValueError):
     """Something that the user can mend; the message says what and how."""
 
+
+FOR_USERS = (ValueError, OSError, KeyboardInterrupt, HydraException, OmegaConfBaseException)
+"""What a user can mend, in one line; anything else is a bug, which shows where it happened."""
 
 STARTED_BY = os.getppid()  # remembered: it may be gone when this rank fails, too
 
@@ -74,8 +82,6 @@ def run_name(overrides: list[str]) -> str:
 
 
 def _run_name_of_this_job() -> str:
-    from hydra.core.hydra_config import HydraConfig
-
     return run_name(list(HydraConfig.get().overrides.task)) if HydraConfig.initialized() else "unnamed"
 
 
@@ -122,12 +128,11 @@ def entry(config_name: str, complete: bool = True) -> Callable[[Callable[[DictCo
             try:
                 if complete and (missing := OmegaConf.missing_keys(cfg)):
                     raise ValueError(f"{', '.join(sorted(missing))} not given: write {min(missing)}=VALUE")
+                if wrong := values_of_other_kinds(config_name, list(HydraConfig.get().overrides.task)):
+                    raise ValueError("; ".join(wrong))
                 with _environment("HYDRA_FULL_ERROR", "1" if show_traceback else None):  # as the user has it: main may start ranks
                     return main(cfg)
-            except (ValueError, OSError, KeyboardInterrupt, HydraException, OmegaConfBaseException) as error:
-                from hydra.core.hydra_config import HydraConfig
-                from hydra.types import RunMode
-
+            except FOR_USERS as error:
                 if show_traceback or HydraConfig.get().mode == RunMode.MULTIRUN:
                     raise
                 _exit_with(error)
@@ -165,8 +170,45 @@ def dtype_of(name: str) -> torch.dtype:
     return types[name]
 
 
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", str: "a word", dict: "a group of keys"}
+FRACTIONS = {"fps", "seconds", "timeout", "rate", "limit_val_batches", "tflops", "tflops_with_cuda_graphs"}
+"""Keys that take them also where conf/ has a whole number."""
+OF_ANY_KIND = {"trainer.devices"}  # a number in SLURM; Lightning takes words and lists, too
+
+
+def values_of_other_kinds(config_name: str, overrides: list[str]) -> list[str]:
+    """What is wrong with values that cannot stand where conf/ has a number, true or false, or a list. null can, and interpolations."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    groups = [override for override in parsed if (config_dir() / override.key_or_group).is_dir()]
+    usual = _composed(config_name, [str(override.input_line) for override in groups])
+    wrong: list[str] = []
+    for override in parsed:
+        given, key = override.value(), override.key_or_group
+        if override in groups or override.is_delete() or given is None or "${" in str(given) or key in OF_ANY_KIND:
+            continue
+        try:
+            default = OmegaConf.select(usual, key)
+        except OmegaConfBaseException:  # an interpolation of what is not given
+            continue
+        default = OmegaConf.to_container(default) if OmegaConf.is_config(default) else default
+        kind, wanted = type(given), type(default)
+        number = (kind, wanted) == (int, float) or ((kind, wanted) == (float, int) and key.split(".")[-1] in FRACTIONS)
+        if wanted in (bool, int, float, list) and kind is not wanted and not number:
+            wrong.append(f"{override.input_line} is {KINDS[kind]} where conf/ has {KINDS[wanted]}, {default}")
+    return wrong
+
+
+def require_numbers(cfg: DictConfig, whole: tuple[str, ...] = (), fractions: tuple[str, ...] = ()) -> None:
+    """ValueError for what is no number under keys whose usual value, null, does not say that one belongs there."""
+    for key in (*whole, *fractions):
+        kinds = (int,) if key in whole else (int, float)
+        if cfg[key] is not None and type(cfg[key]) not in kinds:
+            raise ValueError(f"{key}={cfg[key]} must be a {'whole ' if key in whole else ''}number")
+
+
 def pipeline_of(cfg: DictConfig, place: str | Path, device: torch.device | str | None) -> TextToVideoPipeline:
     """What lies at `place`, with the dtype, weights and sampler that an entry point's options ask for. ValueError for an unknown dtype."""
+    require_numbers(cfg, whole=("steps",), fractions=("guidance",))
     from hydra.utils import instantiate
 
     from t2v.diffusion.guidance import ClassifierFreeGuidance
@@ -233,7 +275,7 @@ def _help(main: Callable[[DictConfig], Any], config_name: str) -> str:
 def _exit_with(error: BaseException) -> None:
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
-    if not isinstance(error, (ValueError, OSError, KeyboardInterrupt, HydraException, OmegaConfBaseException)):
+    if not isinstance(error, FOR_USERS):
         raise error  # a bug, not a mistake of the user's: show where
     if _another_rank_says_it() and not isinstance(error, (OSError, KeyboardInterrupt)):  # files may differ between nodes
         time.sleep(5)  # an error code may make SLURM end the first rank before it has spoken
@@ -286,21 +328,27 @@ def _near_matches(message: str) -> str:
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
+def _composed(name: str, overrides: list[str]) -> DictConfig:
+    """conf/<name>.yaml, beside what Hydra itself is doing."""
+    state = GlobalHydra.instance()
+    running, state.hydra = state.hydra, None
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose(name, overrides=overrides)
+    finally:
+        state.hydra = running
+
+
 def _known_keys(typed: str) -> Iterator[str]:
     """Every dotted key of the configuration as it composes without the override that names `typed`."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
     overrides = [
         arg for arg in sys.argv[1:] if "=" in arg and not arg.startswith("-") and not arg.lstrip("+~").startswith((typed, "hydra"))
     ]
-    GlobalHydra.instance().clear()
     name = Path(sys.argv[0]).stem.removeprefix("t2v-")
     if not (config_dir() / f"{name}.yaml").is_file():
         return
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = compose(name, overrides=overrides)
+        cfg = _composed(name, overrides)
     except (HydraException, OmegaConfBaseException):
         return
 

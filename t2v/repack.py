@@ -14,7 +14,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from t2v.configuration import entry
+from t2v.configuration import entry, require_numbers
 
 
 def repack(cfg: DictConfig) -> None:
@@ -22,6 +22,7 @@ def repack(cfg: DictConfig) -> None:
     from t2v.data import repacking
     from t2v.data.entries import find
 
+    require_numbers(cfg, whole=("size", "gop", "crf"), fractions=("fps", "segment"))
     source, output = Path(cfg.source), Path(cfg.output)
     if source.resolve() == output.resolve():
         raise ValueError(f"source and output are both {source}: shards are never changed in place")

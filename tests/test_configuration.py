@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
-from t2v.configuration import config_dir, groups_of, run_name
+from t2v.configuration import config_dir, groups_of, run_name, values_of_other_kinds
 
 
 def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -38,6 +39,41 @@ def test_help_offers_what_can_be_chosen() -> None:
     assert groups_of("generate") == {"sampler"}
     assert groups_of("plan") - groups_of("train") == {"hardware"}
     assert {"experiment", "sweep", "unet"} < groups_of("train")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.lr=fast", "a word where conf/ has a number, 0.002"),
+        ("optimizer.lr=1", None),
+        ("optimizer.lr='1e-3'", "a word where conf/ has a number"),
+        ("optimizer.betas=0.9", "a number where conf/ has a list, [0.9, 0.99]"),
+        ("batch.video=2.5", "a number where conf/ has a whole number, 14"),
+        ("batch.video=${batch.image}", None),
+        ("data.video.fps=2.5", None),
+        ("seed=null", None),
+        ("ema.warmup=maybe", "a word where conf/ has true or false, True"),
+        ("ema.warmup={a: 1}", "a group of keys where conf/ has true or false"),
+        ("+ema.new=maybe", None),
+        ("~callbacks.samples", None),
+        ("++unet.num_temporal_convs=[1]", "a list where conf/ has a whole number, 4"),
+        ("trainer.devices=auto", None),
+        ("run=12", None),
+        ("data=webvid", None),
+    ],
+)
+def test_values_of_other_kinds_than_conf_has(override: str, words: str | None) -> None:
+    wrong = values_of_other_kinds("train", ["experiment=shapes", override])
+    assert wrong == ([] if words is None else [ANY])
+    assert all(f"{override} is {words}" in one for one in wrong)
+
+
+def test_values_of_other_kinds_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    result = train("experiment=shapes", "optimizer.lr=fast", "seed=one", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.strip() == (
+        "error: optimizer.lr=fast is a word where conf/ has a number, 0.002; seed=one is a word where conf/ has a whole number, 0"
+    )
 
 
 @pytest.mark.parametrize(

@@ -89,3 +89,11 @@ def test_repack_without_recoding_takes_no_options_of_recoding(option: str, tmp_p
         cfg = compose("repack", overrides=[f"source={tmp_path}", f"output={tmp_path}/out", option])
     with pytest.raises(ValueError, match=rf"{option}.*recode=true"):
         repack(cfg)
+
+
+@pytest.mark.parametrize("option", ["crf=good", "size=256.5", "segment=long"])
+def test_options_of_recoding_are_numbers(option: str, tmp_path: Path) -> None:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("repack", overrides=[f"source={tmp_path}", f"output={tmp_path}/out", "recode=true", option])
+    with pytest.raises(ValueError, match=rf"{option} must be a (whole )?number"):
+        repack(cfg)
