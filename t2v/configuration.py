@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -145,15 +146,15 @@ def entry(config_name: str, complete: bool = True) -> Callable[[Callable[[DictCo
             try:
                 with _environment("HYDRA_FULL_ERROR", "1"):  # so that errors reach this function instead of Hydra's own report
                     hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(task)()
+            except (ValueError, HydraException, OmegaConfBaseException) as error:  # one of Hydra's is an OSError, too
+                if show_traceback:
+                    raise
+                _exit_with(error)
             except OSError as error:  # the task reports its own: this is Hydra making the run's folder
                 if show_traceback:
                     raise
                 place = "paths.experiments" if config_name == "train" else "hydra.run.dir"
                 _exit_with(OSError(f"cannot make the run's folder: {error}. Choose another place with {place}=FOLDER"))
-            except (ValueError, HydraException, OmegaConfBaseException) as error:
-                if show_traceback:
-                    raise
-                _exit_with(error)
 
         return run
 
@@ -170,21 +171,28 @@ def dtype_of(name: str) -> torch.dtype:
     return types[name]
 
 
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", list: "a list", str: "a word", dict: "a group of keys"}
+KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", list: "a list"}
+KINDS |= {str: "a word", dict: "a group of keys", type(None): "nothing"}
 FRACTIONS = {"fps", "seconds", "timeout", "rate", "limit_val_batches", "tflops", "tflops_with_cuda_graphs"}
 """Keys that take them also where conf/ has a whole number."""
 OF_ANY_KIND = {"trainer.devices"}  # a number in SLURM; Lightning takes words and lists, too
+NEVER_NULL = {"seed"}
 
 
 def values_of_other_kinds(config_name: str, overrides: list[str]) -> list[str]:
-    """What is wrong with values that cannot stand where conf/ has a number, true or false, or a list. null can, and interpolations."""
+    """What is wrong with values that cannot stand where conf/ has a number, true or false, or a list. null can, and interpolations can."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     groups = [override for override in parsed if (config_dir() / override.key_or_group).is_dir()]
-    usual = _composed(config_name, [str(override.input_line) for override in groups])
+    try:
+        usual = _composed(config_name, [str(override.input_line) for override in groups])
+    except (HydraException, OmegaConfBaseException):  # groups from elsewhere: --config-dir, hydra.searchpath
+        return []
     wrong: list[str] = []
     for override in parsed:
         given, key = override.value(), override.key_or_group
-        if override in groups or override.is_delete() or given is None or "${" in str(given) or key in OF_ANY_KIND:
+        if override in groups or override.is_delete() or "${" in str(given) or key in OF_ANY_KIND:
+            continue
+        if given is None and key not in NEVER_NULL:
             continue
         try:
             default = OmegaConf.select(usual, key)
@@ -198,17 +206,23 @@ def values_of_other_kinds(config_name: str, overrides: list[str]) -> list[str]:
     return wrong
 
 
-def require_numbers(cfg: DictConfig, whole: tuple[str, ...] = (), fractions: tuple[str, ...] = ()) -> None:
-    """ValueError for what is no number under keys whose usual value, null, does not say that one belongs there."""
-    for key in (*whole, *fractions):
-        kinds = (int,) if key in whole else (int, float)
-        if cfg[key] is not None and type(cfg[key]) not in kinds:
-            raise ValueError(f"{key}={cfg[key]} must be a {'whole ' if key in whole else ''}number")
+Bounds = tuple[float, float]
+ANY, AT_LEAST_1 = (-math.inf, math.inf), (1, math.inf)
+
+
+def require_numbers(cfg: DictConfig, whole: Mapping[str, Bounds], fractions: Mapping[str, Bounds]) -> None:
+    """ValueError for what is no number, or none within its bounds; null is none of this function's business."""
+    for key, (least, most) in {**whole, **fractions}.items():
+        value = cfg[key]
+        if value is None or (type(value) in ((int,) if key in whole else (int, float)) and least <= value <= most):
+            continue
+        bounds = "" if least == -math.inf else f" of at least {least:g}" if most == math.inf else f" from {least:g} to {most:g}"
+        raise ValueError(f"{key}={value} must be a {'whole ' if key in whole else ''}number{bounds}")
 
 
 def pipeline_of(cfg: DictConfig, place: str | Path, device: torch.device | str | None) -> TextToVideoPipeline:
     """What lies at `place`, with the dtype, weights and sampler that an entry point's options ask for. ValueError for an unknown dtype."""
-    require_numbers(cfg, whole=("steps",), fractions=("guidance",))
+    require_numbers(cfg, whole={"steps": ANY}, fractions={"guidance": ANY})  # the sampler knows their bounds
     from hydra.utils import instantiate
 
     from t2v.diffusion.guidance import ClassifierFreeGuidance

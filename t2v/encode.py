@@ -11,6 +11,7 @@ Writes one shard of moments per shard of videos; the same command continues wher
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from t2v.configuration import entry
+from t2v.configuration import AT_LEAST_1, entry, require_numbers
 
 
 def encode(cfg: DictConfig) -> None:
@@ -26,12 +27,14 @@ def encode(cfg: DictConfig) -> None:
         raise ValueError("data holds no video stream: choose data=webvid, openvid, ...")
     if cfg.dtype not in (None, "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={cfg.dtype} is none of float32, bfloat16, float16")
+    require_numbers(cfg, whole={"max_frames": AT_LEAST_1, "num_workers": (0, math.inf)}, fractions={"timeout": (0, math.inf)})
     if not 0 <= cfg.rank < cfg.world:
         raise ValueError(f"rank={cfg.rank} does not exist among world={cfg.world} ranks")
     output = Path(cfg.output)
 
     from t2v.checkpoint import require_writable
     from t2v.data.encoding import encode_shards
+    from t2v.pipeline import usable_device
 
     require_writable(output)
     stream = instantiate(cfg.data.video)
@@ -39,7 +42,8 @@ def encode(cfg: DictConfig) -> None:
     import torch
 
     logging.getLogger("xformers").setLevel(logging.ERROR)  # it reports at every import what it cannot do on this machine
-    device = cfg.device or (f"cuda:{cfg.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    here = f"cuda:{cfg.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    device = usable_device(cfg.device or here)
     autoencoder = instantiate(cfg.autoencoder).to(device)
     text_encoder = instantiate(cfg.text_encoder).to(device) if cfg.get("text_encoder") is not None else None
     if cfg.dtype is not None:

@@ -163,8 +163,10 @@ def paths(cfg: DictConfig) -> dict[str, str | None]:
 def device_of(cfg: DictConfig) -> Any:
     import torch
 
+    from t2v.pipeline import usable_device
+
     if cfg.device is not None:
-        return torch.device(cfg.device)
+        return usable_device(cfg.device)
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", 0))

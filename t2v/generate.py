@@ -19,7 +19,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from t2v.configuration import entry, pipeline_of, require_numbers
+from t2v.configuration import AT_LEAST_1, entry, pipeline_of, require_numbers
 
 SHIPPED = "package:shapes"
 FREE_TEXT = ("prompt", "prompts", "checkpoint", "weights", "output", "autoencoder", "text_encoder")  # keys that hold no Hydra syntax
@@ -31,9 +31,8 @@ def generate(cfg: DictConfig) -> None:
         raise ValueError(f"checkpoint={cfg.checkpoint} and weights={cfg.weights} exclude each other: leave one out")
     if cfg.weights is not None and not str(cfg.weights).startswith(("diffusers:", "modelscope:")):
         raise ValueError(f"weights={cfg.weights} says no format: write weights=diffusers:DIR or weights=modelscope:DIR, or checkpoint=PATH")
-    require_numbers(cfg, whole=("frames", "height", "width", "batch_size", "seed"), fractions=("fps",))
-    if cfg.fps is not None and not cfg.fps > 0:
-        raise ValueError(f"fps={cfg.fps} must be above 0")
+    sizes = dict.fromkeys(("frames", "height", "width", "batch_size"), AT_LEAST_1)
+    require_numbers(cfg, whole=sizes, fractions={"fps": (0.1, 240)})
     output = Path(cfg.output)
 
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -9,18 +9,20 @@ decoded clips (a moving .webp and a still .png).
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from t2v.configuration import entry
+from t2v.configuration import AT_LEAST_1, entry, require_numbers
 
 
 def inspect(cfg: DictConfig) -> None:
     streams = {name: cfg.data[name] for name in ("image", "video") if cfg.data.get(name) is not None}
     if not streams:
         raise ValueError("data holds neither an image nor a video stream")
+    require_numbers(cfg, whole={"samples": AT_LEAST_1, "sheet": (0, math.inf)}, fractions={"rate": (1e-6, math.inf)})
     output = Path(cfg.output)
 
     from PIL import Image

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from t2v.configuration import entry, require_numbers
+from t2v.configuration import AT_LEAST_1, entry, require_numbers
 
 
 def repack(cfg: DictConfig) -> None:
@@ -22,7 +22,8 @@ def repack(cfg: DictConfig) -> None:
     from t2v.data import repacking
     from t2v.data.entries import find
 
-    require_numbers(cfg, whole=("size", "gop", "crf"), fractions=("fps", "segment"))
+    counts = dict.fromkeys(("per_shard", "workers", "gop"), AT_LEAST_1)
+    require_numbers(cfg, whole={**counts, "size": (2, 8192), "crf": (0, 51)}, fractions={"fps": (0.1, 240), "segment": (0.1, 86400)})
     source, output = Path(cfg.source), Path(cfg.output)
     if source.resolve() == output.resolve():
         raise ValueError(f"source and output are both {source}: shards are never changed in place")

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, ListConfig
 
-from t2v.configuration import config_dir, groups_of, run_name, values_of_other_kinds
+from t2v.configuration import FRACTIONS, config_dir, groups_of, run_name, values_of_other_kinds
 
 
 def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -51,21 +54,50 @@ def test_help_offers_what_can_be_chosen() -> None:
         ("batch.video=2.5", "a number where conf/ has a whole number, 14"),
         ("batch.video=${batch.image}", None),
         ("data.video.fps=2.5", None),
-        ("seed=null", None),
+        ("metric=null", None),
         ("ema.warmup=maybe", "a word where conf/ has true or false, True"),
         ("ema.warmup={a: 1}", "a group of keys where conf/ has true or false"),
         ("+ema.new=maybe", None),
         ("~callbacks.samples", None),
         ("++unet.num_temporal_convs=[1]", "a list where conf/ has a whole number, 4"),
         ("trainer.devices=auto", None),
+        ("seed=null", "nothing where conf/ has a whole number, 0"),
         ("run=12", None),
+        ("strategy.timeout_minutes=0.5", None),
         ("data=webvid", None),
     ],
 )
 def test_values_of_other_kinds_than_conf_has(override: str, words: str | None) -> None:
-    wrong = values_of_other_kinds("train", ["experiment=shapes", override])
+    wrong = values_of_other_kinds("train", ["experiment=shapes", "strategy=fsdp", override])
     assert wrong == ([] if words is None else [ANY])
     assert all(f"{override} is {words}" in one for one in wrong)
+
+
+def test_groups_from_elsewhere_are_not_judged() -> None:
+    assert values_of_other_kinds("train", ["experiment=mine", "seed=one"]) == []
+
+
+def test_what_is_a_fraction_anywhere_is_one_everywhere() -> None:
+    """Else a fraction would be refused where conf/ happens to have a whole one."""
+    kinds: dict[str, set[type]] = {}
+    for experiment in sorted(path.stem for path in (config_dir() / "experiment").glob("*.yaml")):
+        for hardware in sorted(path.stem for path in (config_dir() / "hardware").glob("*.yaml")):
+            with initialize_config_dir(str(config_dir()), version_base="1.3"):
+                cfg = compose("plan", overrides=[f"experiment={experiment}", f"hardware={hardware}", "strategy=fsdp"])
+            for key, value in leaves(cfg):
+                kinds.setdefault(key, set()).add(type(value))
+    assert len(kinds) > 100
+    mixed = {key for key, found in kinds.items() if {int, float} <= found}
+    assert {key.split(".")[-1] for key in mixed} <= FRACTIONS
+
+
+def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key in map(str, node):
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not (child._is_none() or child._is_missing() or child._is_interpolation()):
+            yield from leaves(child, f"{prefix}{key}.")
+        elif child is not None and not isinstance(child, (DictConfig, ListConfig)):
+            yield f"{prefix}{key}", child._value()
 
 
 def test_values_of_other_kinds_are_refused_before_anything_starts(tmp_path: Path) -> None:

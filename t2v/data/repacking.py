@@ -94,7 +94,7 @@ def keep_note(output: Path, entries: list[Entry], per_shard: int, recode: Recode
     files = hashlib.blake2b("\n".join(entry.name for entry in entries).encode(), digest_size=8).hexdigest()
     note = {"files": files, "per_shard": per_shard, "recode": recode and asdict(recode), "segment": segment}
     path = output / NOTE
-    if path.exists():
+    if path.exists() and any(output.glob("*.tar")):
         there = json.loads(path.read_text())
         different = [f"{name} was {there.get(name)} and is {value}" for name, value in note.items() if there.get(name) != value]
         if different:

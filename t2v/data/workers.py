@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import multiprocessing
+import multiprocessing.util
 import os
 import threading
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ def end_daemons_at_exit() -> None:
             if process.daemon:
                 process.kill()
 
+    multiprocessing.util.get_temp_dir()  # made now, workers share this process's: those that are killed would leave their own behind
     atexit.register(end)
 
 

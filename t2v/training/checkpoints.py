@@ -24,12 +24,13 @@ import torch.distributed as dist
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Timer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from t2v import checkpoint as folder_format
-from t2v.checkpoint import AutoencoderCard, CheckpointWriteError, ModelCard, Piece, step_folder
+from t2v.checkpoint import AutoencoderCard, CheckpointError, CheckpointWriteError, ModelCard, Piece, step_folder
 from t2v.ranks import from_all
 from t2v.training.background import Background, HostCopies
 from t2v.training.sharding import is_sharded, piece_of
@@ -44,6 +45,7 @@ DATA_STATE = "MixtureDataModule"  # where Lightning puts what the data module's 
 STATE = "train/state.pt"  # schedule, callbacks, loops, the optimizer's numbers
 MOMENTS = "train/optimizer.safetensors"  # the optimizer's tensors: <optimizer>.<parameter>.<name>
 READERS = "data/readers.json"
+BYTES_OF_A_WEIGHT = 16  # that is trained, in a checkpoint: itself, its average and AdamW's two moments, in float32
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -142,9 +144,9 @@ class FolderCheckpointIO(CheckpointIO):
         state = checkpoint.pop("other_weights")
         for prefix, file in NETWORKS.items():
             if (folder / file).is_file():
-                state |= {prefix + name: tensor for name, tensor in load_file(folder / file).items()}
+                state |= {prefix + name: tensor for name, tensor in _tensors(folder / file).items()}
         checkpoint["state_dict"] = state
-        for name, tensor in load_file(folder / MOMENTS).items():
+        for name, tensor in _tensors(folder / MOMENTS).items():
             optimizer, parameter, key = name.split(".", 2)
             checkpoint["optimizer_states"][int(optimizer)]["state"][int(parameter)][key] = tensor
         checkpoint[DATA_STATE] = json.loads((folder / READERS).read_text())
@@ -152,6 +154,15 @@ class FolderCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         folder_format.remove(path)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}): remove this checkpoint, and the same command continues from the one before"
+        ) from error
 
 
 def divide(checkpoint: dict[str, Any]) -> tuple[dict[str, dict[str, Piece]], dict[str, Any], dict[str, Any]]:
@@ -250,6 +261,8 @@ class Checkpoints(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.saved_step = self.tried_step = trainer.global_step
         _check_start(trainer)
+        trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+        folder_format.require_writable(trainer.default_root_dir, trained * BYTES_OF_A_WEIGHT)
         self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -310,7 +323,9 @@ class Checkpoints(Callback):
         if not trainer.is_global_zero:
             return
         if writer.failure is not None:
-            print(f"warning: {writer.failure}. The checkpoint before it is intact.", file=sys.stderr, flush=True)
+            before = folder_format.latest(trainer.default_root_dir)
+            left = "there is none yet" if before is None else f"the newest whole one is {before.name}"
+            print(f"warning: {writer.failure}; {left}", file=sys.stderr, flush=True)
         elif trainer.logger is not None:
             cost = {"seconds": stalled, "write_seconds": writer.write_seconds, "gigabytes_per_writer": writer.bytes_written / 1e9}
             trainer.logger.log_metrics({f"checkpoint/{name}": value for name, value in cost.items()}, step)

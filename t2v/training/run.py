@@ -22,7 +22,7 @@ from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from t2v import checkpoint as folder_format
-from t2v.checkpoint import AutoencoderCard, ModelCard
+from t2v.checkpoint import AutoencoderCard, CheckpointWriteError, ModelCard
 from t2v.training import slurm
 from t2v.training.callbacks.samples import SampleVideos
 from t2v.training.checkpoints import Checkpoints, FolderCheckpointIO
@@ -190,22 +190,30 @@ def train(
     started = time.monotonic()
     lightning_trainer.fit(module, datamodule=datamodule, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     seconds = time.monotonic() - started
-    stopped = next((c for c in callbacks.values() if isinstance(c, Checkpoints) and c.received is not None), None)
-    if stopped is not None:
+    saving = next((c for c in callbacks.values() if isinstance(c, Checkpoints)), None)
+    if saving is not None and saving.received is not None:
         if lightning_trainer.is_global_zero:
-            print(farewell(stopped, lightning_trainer.global_step), file=sys.stderr)
-        assert stopped.received is not None
-        slurm.requeue(stopped.received)
-        sys.exit(128 + stopped.received)
+            print(farewell(saving, lightning_trainer.global_step), file=sys.stderr)
+        slurm.requeue(saving.received)
+        sys.exit(128 + saving.received)
+    if saving is not None and saving.saved_step not in (-1, lightning_trainer.global_step):  # -1: there was nothing left to train
+        raise CheckpointWriteError(
+            f"step {lightning_trainer.global_step} was trained, but its checkpoint could not be written: make room in {folder}; "
+            f"the same command continues {onward(saving, lightning_trainer.global_step)}"
+        )
     return finish(lightning_trainer, module, callbacks, folder, seconds)
 
 
 def farewell(stopped: Checkpoints, step: int) -> str:
     """What a signal did, and from where the same command goes on."""
-    saved = stopped.saved_step
-    onward = "from there" if saved == step else f"from step {saved}" if saved > 0 else "from the start"
-    lost = "" if saved == step else "; no checkpoint could be written then"
-    return f"stopped by {signal.Signals(stopped.received).name} after step {step}{lost}; the same command continues {onward}"  # type: ignore[arg-type]
+    lost = "" if stopped.saved_step == step else "; no checkpoint could be written then"
+    name = signal.Signals(stopped.received).name  # type: ignore[arg-type]
+    return f"stopped by {name} after step {step}{lost}; the same command continues {onward(stopped, step)}"
+
+
+def onward(saving: Checkpoints, step: int) -> str:
+    saved = saving.saved_step
+    return "from there" if saved == step else f"from step {saved}" if saved > 0 else "from the start"
 
 
 def finish(trainer: Trainer, module: LightningModule, callbacks: Mapping[str, Callback], folder: Path, seconds: float) -> dict[str, float]:
@@ -239,8 +247,12 @@ def finished(folder: Path, max_steps: int) -> dict[str, Any] | None:
     path = folder / RESULTS
     if not path.is_file():
         return None
-    results = json.loads(path.read_text())
-    return results if results["step"] >= max_steps else None
+    try:
+        results = json.loads(path.read_text())
+        done = results["step"] >= max_steps
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and the same command measures the newest checkpoint again") from error
+    return results if done else None
 
 
 def show(results: dict[str, Any], folder: Path, samples: bool) -> None:
@@ -249,8 +261,8 @@ def show(results: dict[str, Any], folder: Path, samples: bool) -> None:
     for table in results["report"]:
         print(table, end="\n\n")
     of_all = "" if results["step"] >= results["max_steps"] else f" of {results['max_steps']}"
-    onward = "; trainer.max_time is over, the same command goes on" if of_all and results.get("out_of_time") else ""
-    print(f"trained  {results['step']}{of_all} steps{onward}; results in {folder / RESULTS}")
+    why = "; trainer.max_time is over, the same command goes on" if of_all and results.get("out_of_time") else ""
+    print(f"trained  {results['step']}{of_all} steps{why}; results in {folder / RESULTS}")
     if samples:
         print(f"samples  {folder / 'samples'}")
     print(f"watch    tensorboard --logdir {folder}")

@@ -91,9 +91,13 @@ def test_repack_without_recoding_takes_no_options_of_recoding(option: str, tmp_p
         repack(cfg)
 
 
-@pytest.mark.parametrize("option", ["crf=good", "size=256.5", "segment=long"])
-def test_options_of_recoding_are_numbers(option: str, tmp_path: Path) -> None:
+BAD = ["crf=good", "crf=52", "size=256.5", "size=0", "gop=0", "segment=long", "segment=0", "fps=nan", "per_shard=0", "workers=-1"]
+
+
+@pytest.mark.parametrize("option", BAD)
+def test_options_of_repacking_are_numbers_in_their_bounds(option: str, tmp_path: Path) -> None:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("repack", overrides=[f"source={tmp_path}", f"output={tmp_path}/out", "recode=true", option])
-    with pytest.raises(ValueError, match=rf"{option} must be a (whole )?number"):
+    with pytest.raises(ValueError, match=rf"{option} must be a (whole )?number (of at least|from)"):
         repack(cfg)
+    assert not (tmp_path / "out").exists()

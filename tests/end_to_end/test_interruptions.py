@@ -69,6 +69,28 @@ def test_max_time_is_of_each_session(trainings: Trainings) -> None:
     assert f"resume   step {steps[1]} " in output
 
 
+def test_a_run_whose_last_checkpoint_could_not_be_written_is_not_finished(trainings: Trainings) -> None:
+    same = ("run=refused", "trainer.max_steps=2", "loader.num_workers=0", "callbacks.score=null", "metric=null")
+    folder = trainings.folder / "shapes" / "runs" / "refused"
+    folder.mkdir(parents=True)
+    (folder / "checkpoints").write_text("a file where the folder is to be")
+    code, output = trainings.run(*same)
+    assert code == 1
+    assert "there is none yet" in output
+    said = output.strip().splitlines()[-1]
+    assert said.startswith("error: step 2 was trained, but its checkpoint could not be written: make room in")
+    assert said.endswith("the same command continues from the start")
+    assert not (folder / "results.json").exists()
+    (folder / "checkpoints").unlink()
+    code, output = trainings.run(*same)
+    assert code == 0, output
+    assert trainings.checkpoint("refused", 2).exists()
+    (folder / "results.json").write_text("{")
+    code, output = trainings.run(*same)
+    assert code == 1
+    assert f"error: {folder / 'results.json'} is damaged" in output
+
+
 def test_sigterm_to_the_whole_group_saves_and_continues(trainings: Trainings) -> None:
     """Data workers hear it too, but go on until the trainer has what it needs to save."""
     same = ("run=stopped", "trainer.max_steps=400", "loader.num_workers=2", "callbacks.checkpoints.every_n_steps=2")

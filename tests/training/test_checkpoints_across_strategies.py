@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,23 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     train(folder, "single", 1, 3)
     return folder
+
+
+def test_a_damaged_file_of_the_optimizer_is_named(straight: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint.step_folder(straight, 3), tmp_path / "step-00000003"))
+    moments = folder / "train" / "optimizer.safetensors"
+    with moments.open("r+b") as file:
+        file.seek(20)
+        file.write(b"\0" * 8)
+    with pytest.raises(checkpoint.CheckpointError, match=r"optimizer.safetensors is damaged.*continues from the one before"):
+        train(tmp_path, "single", 1, 4, resume=folder)
+
+
+def test_a_disk_that_holds_no_checkpoint_is_refused_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10_000))
+    with pytest.raises(checkpoint.CheckpointWriteError, match=r"has 0.00 GiB free, .* needed"):
+        train(tmp_path, "single", 1, 1)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
