@@ -32,18 +32,17 @@ def encode(cfg: DictConfig) -> None:
         raise ValueError(f"rank={cfg.rank} does not exist among world={cfg.world} ranks")
     output = Path(cfg.output)
 
+    import torch
+
     from t2v.checkpoint import require_writable
     from t2v.data.encoding import encode_shards
     from t2v.pipeline import usable_device
 
-    require_writable(output)
-    stream = instantiate(cfg.data.video)
-
-    import torch
-
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # it reports at every import what it cannot do on this machine
     here = f"cuda:{cfg.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     device = usable_device(cfg.device or here)
+    require_writable(output)
+    stream = instantiate(cfg.data.video)
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # it reports at every import what it cannot do on this machine
     autoencoder = instantiate(cfg.autoencoder).to(device)
     text_encoder = instantiate(cfg.text_encoder).to(device) if cfg.get("text_encoder") is not None else None
     if cfg.dtype is not None:

@@ -28,7 +28,7 @@ def export(cfg: DictConfig) -> None:
     if (cfg.checkpoint is None) == (cfg.weights is None):
         raise ValueError("say what to export: checkpoint=PATH, or weights=diffusers:DIR or weights=modelscope:DIR (one of them)")
     output = Path(cfg.output)
-    if output.exists() and any(output.iterdir()):
+    if output.is_file() or (output.exists() and any(output.iterdir())):
         raise ValueError(f"output={output} is not empty: give a new folder")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("xformers").setLevel(logging.ERROR)  # it reports at every import what it cannot do on this machine

@@ -113,6 +113,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        sys.exit(print(__doc__))
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:

@@ -29,6 +29,8 @@ os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # hydra/launcher=slurm
 def train(cfg: DictConfig) -> float | None:
     """Returns the metric named by cfg.metric, for sweeps."""
     OmegaConf.resolve(cfg)
+    if not str(cfg.run) or ".." in Path(str(cfg.run)).parts:
+        raise ValueError(f"run={cfg.run} names no folder of its own below the runs: give a name")
     folder = Path(HydraConfig.get().runtime.output_dir)
     metrics = run(cfg, folder)
     if cfg.metric is None:

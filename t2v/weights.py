@@ -117,7 +117,7 @@ def locate(
                 return fetched
     raise WeightsError(
         f"{name} not found: {weights.describe()}. Looked in {', '.join(looked)}. Give its path, set T2V_WEIGHTS to a folder that has it, "
-        "or allow the download with download=true"
+        "or allow the download with download=true (init.download=true where a training starts from them)"
     )
 
 

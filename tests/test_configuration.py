@@ -73,6 +73,13 @@ def test_values_of_other_kinds_than_conf_has(override: str, words: str | None) -
     assert all(f"{override} is {words}" in one for one in wrong)
 
 
+@pytest.mark.parametrize("name", ["''", "a/../../b"])
+def test_a_run_without_a_folder_of_its_own_is_refused(tmp_path: Path, name: str) -> None:
+    result = train("experiment=shapes", f"run={name}", f"paths.experiments={tmp_path}/made", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "names no folder of its own" in result.stderr
+
+
 def test_groups_from_elsewhere_are_not_judged() -> None:
     assert values_of_other_kinds("train", ["experiment=mine", "seed=one"]) == []
 
@@ -122,6 +129,7 @@ def test_misspelt_options_name_near_matches_in_one_line(tmp_path: Path, argument
     result = train(*arguments, cwd=tmp_path)
     assert result.returncode == 1
     assert expected in result.stderr
+    assert "run's folder" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())

@@ -164,6 +164,8 @@ def require_writable(folder: Path | str, bytes_needed: int = 0) -> None:
                 os.fsync(file.fileno())
         finally:
             probe.unlink(missing_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointWriteError(f"cannot write to {folder}: a file is where a folder is needed; choose another folder") from error
     except OSError as error:
         raise CheckpointWriteError(
             f"cannot write to {folder}: {error.strerror or error}; free some space or choose another folder"

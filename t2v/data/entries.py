@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ from t2v.data.raw import RawSample
 from t2v.data.shards import LocalTar
 from t2v.data.webvid import VIDEOS
 
+LOG = logging.getLogger(__name__)
 MEDIA = (*VIDEOS, *IMAGES)
 
 
@@ -62,7 +64,7 @@ def find(source: Path, captions: Path | None = None) -> list[Entry]:
     for name in files:
         for short in {name.rpartition("/")[2], name.rpartition("/")[2].rpartition(".")[0]}:
             by_short_name.setdefault(short, []).append(name)
-    entries = []
+    entries, absent = [], []
     for row in rows:
         wanted = str(row[column])
         names = [wanted] if wanted in files else by_short_name.get(wanted.rpartition("/")[2], [])
@@ -70,8 +72,12 @@ def find(source: Path, captions: Path | None = None) -> list[Entry]:
             raise ValueError(f"{captions}: {wanted!r} may be {names[0]} or {names[1]}: give paths relative to {source}")
         if names:
             entries.append(Entry(names[0], files[names[0]], row | {"file": names[0]}))
+        else:
+            absent.append(wanted)
     if not entries:
         raise ValueError(f"none of the {len(rows)} files that {captions} names (e.g. {rows[0][column] if rows else ''}) is in {source}")
+    if absent:  # of a large table often only some archives are there
+        LOG.warning("%d of the %d files that %s names are not in %s, such as %s", len(absent), len(rows), captions, source, absent[0])
     return entries
 
 

@@ -82,6 +82,14 @@ def test_captions_beside_the_files(tmp_path: Path) -> None:
     assert [(entry.name, entry.fields["caption"]) for entry in find(source)] == [("0.webm", "zero"), ("1.webm", "one")]
 
 
+def test_files_of_a_table_that_are_not_there_are_counted(clips: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = clips / "table.csv"
+    path.write_text("file,caption\nnope.mp4,no\n" + f"{next(iter(sorted(clips.rglob('*.mp4')))).relative_to(clips)},yes\n")
+    assert len(find(clips, path)) == 1
+    assert "1 of the 2 files that" in caplog.text
+    assert "such as nope.mp4" in caplog.text
+
+
 def test_what_cannot_be_found_is_said(clips: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a folder"):
         find(tmp_path / "none")
