@@ -62,6 +62,10 @@ def benchmark(cfg: DictConfig) -> None:
         raise ValueError(f"what={cfg.what} has no option {unknown[0]}; it has {', '.join(signature.parameters)}")
     for name, value in options.items():
         check_numbers(name, value, signature.parameters[name].default)
+    if cfg.output is not None:
+        from t2v.checkpoint import require_writable
+
+        require_writable(Path(cfg.output).parent)  # before anything is measured
     here = machine()
     print("  ".join(f"{name} {version}" for name, version in here.items()), flush=True)
     rows: list[dict[str, Any]] = []
@@ -69,10 +73,8 @@ def benchmark(cfg: DictConfig) -> None:
         print(line(row, rows[-1] if rows else {}), flush=True)  # at once: what was measured before an error cost as much time
         rows.append(row)
     if cfg.output is not None:
-        path = Path(cfg.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
         given = {name: parameter.default for name, parameter in signature.parameters.items()} | options
-        path.write_text(json.dumps({"what": cfg.what, "options": given, "machine": here, "rows": rows}, indent=1) + "\n")
+        Path(cfg.output).write_text(json.dumps({"what": cfg.what, "options": given, "machine": here, "rows": rows}, indent=1) + "\n")
     if not all(row.get("fine", True) for row in rows):
         raise ValueError("a bound is not kept: see the rows with fine False")
 

@@ -37,6 +37,7 @@ def export(cfg: DictConfig) -> None:
     from t2v.models import diffusers_folder, modelscope_folder
 
     dtype = dtype_of(cfg.dtype)
+    checkpoint.require_writable(output.parent)
     kind, folder = checkpoint.split_place(cfg.checkpoint or cfg.weights)
     if cfg.format == "t2v" and kind is not None:
         raise ValueError(f"format=t2v takes a checkpoint=PATH of t2v, not weights={cfg.weights}")
@@ -60,6 +61,10 @@ def export(cfg: DictConfig) -> None:
         if output.exists():
             output.rmdir()
         unfinished.rename(output)
+    except Exception as error:
+        if (refused := checkpoint.write_error(error, output)) is not None:  # a full disk
+            raise refused from error
+        raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{cfg.format} folder written: {output}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from t2v import checkpoint, export
 from t2v.diffusion.guidance import ClassifierFreeGuidance
@@ -146,6 +147,27 @@ def test_the_entry_point_goes_from_one_format_to_the_other(
         with pytest.raises(SystemExit):
             export.main()
         assert words in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(folder: Path, *arguments: object) -> None:
+        folder.mkdir()
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(diffusers_folder, "write", full)
+    monkeypatch.setattr(sys, "argv", ["export", "checkpoint=package:shapes", "format=diffusers", f"output={tmp_path / 'out'}"])
+    with pytest.raises(SystemExit):
+        export.main()
+    assert "No space left on device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["export", "checkpoint=package:shapes", "format=diffusers", f"output={tmp_path / 'file' / 'out'}"])
+    with pytest.raises(SystemExit):
+        export.main()
+    assert "a file is where a folder is needed" in capsys.readouterr().err
+
+
+def test_a_checkpoint_goes_to_our_own_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["export", "checkpoint=package:shapes", "format=t2v", f"output={tmp_path / 'shipped'}"])
     export.main()
     assert checkpoint.read_card(tmp_path / "shipped") == checkpoint.read_card(checkpoint.find("package:shapes"))

@@ -66,6 +66,7 @@ def test_the_entry_point_prints_and_writes(tmp_path: Path, monkeypatch: pytest.M
     assert capsys.readouterr().out.splitlines()[-2:] == ["k", "1"]
     for arguments, words, code in (
         (["what=small", "+options.size=2", f"output={tmp_path / 'rows.json'}"], "0.5        1          True", None),
+        (["what=small", f"output={tmp_path / 'rows.json' / 'rows.json'}"], "a file is where a folder is needed", 1),
         (["what=small", "+options.size=3"], "bound is not kept", 1),
         (["what=nothing"], "what=nothing", 1),
         (["what=small", "+options.sizes=3"], "no option sizes", 1),
