@@ -74,7 +74,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, float]:
             resume=cfg.resume,
             config=OmegaConf.to_yaml(cfg),
             loggers=lambda step: [
-                instantiate(node, save_dir=str(folder), purge_step=step) for node in cfg.logger.values() if node is not None
+                instantiate(node, save_dir=str(folder), purge_step=0 if step is None else step + 1)
+                for node in cfg.logger.values()
+                if node is not None
             ],
         )
 

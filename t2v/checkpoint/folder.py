@@ -79,9 +79,9 @@ def begin(folder: Path | str) -> Path:
         raise CheckpointError(f"{folder} is a complete checkpoint already: remove it first, or write to another folder")
     staging = staging_folder(folder)
     try:
-        for leftover in (staging, folder):  # of a process that was killed while it wrote
+        for leftover in (staging, folder):  # of a process that was killed while it wrote, or damaged since
             if leftover.exists():
-                if leftover == folder and not _looks_unfinished(folder):
+                if leftover == folder and not (_looks_unfinished(folder) or (folder / MARKER).is_file()):
                     raise CheckpointError(f"{folder} exists and is not a checkpoint: choose another folder")
                 shutil.rmtree(leftover)
         staging.mkdir(parents=True)

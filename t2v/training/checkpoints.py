@@ -133,7 +133,10 @@ class FolderCheckpointIO(CheckpointIO):
                 return
         self.write_seconds = time.perf_counter() - started
         if first:
-            self.afterwards()
+            try:
+                self.afterwards()
+            except OSError as error:  # of older checkpoints, which are in nobody's way
+                print(f"warning: older checkpoints cannot be removed: {error}", file=sys.stderr, flush=True)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Tensors are views of the files: what a rank does not use of them is never read."""
@@ -292,6 +295,7 @@ class Checkpoints(Callback):
         self.saved_step = trainer.strategy.broadcast(self.saved_step)  # other ranks may not have written anything
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self.received = one_of_all(trainer, self.received)  # one may have come to a single rank since the last step
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         """A checkpoint that is being written is not to be lost, unless someone is in a hurry."""

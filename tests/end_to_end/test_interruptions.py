@@ -69,6 +69,17 @@ def test_max_time_is_of_each_session(trainings: Trainings) -> None:
     assert f"resume   step {steps[1]} " in output
 
 
+def test_a_resumed_run_keeps_the_scalars_of_the_step_it_resumes_from(trainings: Trainings) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    same = ("run=grows", "loader.num_workers=0", "callbacks.score=null", "metric=null")
+    for steps in (2, 4):
+        code, output = trainings.run(*same, f"trainer.max_steps={steps}")
+        assert code == 0, output
+    events = EventAccumulator(str(trainings.folder / "shapes" / "runs" / "grows" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/video")] == [1, 2, 3, 4]
+
+
 def test_a_run_whose_last_checkpoint_could_not_be_written_is_not_finished(trainings: Trainings) -> None:
     same = ("run=refused", "trainer.max_steps=2", "loader.num_workers=0", "callbacks.score=null", "metric=null")
     folder = trainings.folder / "shapes" / "runs" / "refused"

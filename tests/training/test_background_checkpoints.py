@@ -127,6 +127,28 @@ def test_a_full_disk_in_the_thread_keeps_the_older_checkpoint(
     assert "No space left on device" in capsys.readouterr().err
 
 
+def test_older_checkpoints_that_cannot_be_removed_end_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "prune", refused)
+    assert train(tmp_path, True, 1).saved_step == 3
+    assert "older checkpoints cannot be removed" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_was_damaged_is_written_again(tmp_path: Path) -> None:
+    train(tmp_path, False, 1)
+    damaged = checkpoint.step_folder(tmp_path, 3)
+    with (damaged / "ema.safetensors").open("r+b") as file:
+        file.truncate(100)
+    with pytest.raises(checkpoint.CheckpointError):
+        checkpoint.check(damaged)
+    checkpoint.begin(damaged)
+    assert not damaged.exists()
+
+
 def test_one_job_at_a_time() -> None:
     background, order, looked = Background(), [], threading.Event()
 
