@@ -26,7 +26,7 @@ from t2v.checkpoint import AutoencoderCard, Part
 from t2v.data.checker import Score, score
 from t2v.data.shapes import held_out_images, held_out_specs, render
 from t2v.diffusion.randomness import normal
-from t2v.training.checkpoints import count_batches, lay_out_like_parameters
+from t2v.training.checkpoints import count_batches, lay_out_like_parameters, stop_between_steps
 from t2v.training.ema import EMA
 from t2v.training.mixture import StepPlan
 
@@ -144,6 +144,9 @@ class AutoencoderModule(LightningModule):
 
     def on_train_start(self) -> None:
         lay_out_like_parameters(self.trainer.optimizers[0])
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        stop_between_steps(self.trainer, batch_idx)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         count_batches(checkpoint, self.plan.accumulate)

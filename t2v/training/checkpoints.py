@@ -219,6 +219,13 @@ def count_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
         progress[span] = dict.fromkeys(("ready", "started", "processed"), batches) | {"completed": batches - 1}
 
 
+def stop_between_steps(trainer: Trainer, batch_idx: int) -> None:
+    """For a module's `on_train_batch_end`: Lightning's timer stops after any micro-batch, and asks again after the next. In the middle of a
+    step the samples would count as trained on, though their gradients are lost."""
+    if (batch_idx + 1) % trainer.accumulate_grad_batches:
+        trainer.should_stop = False
+
+
 def lay_out_like_parameters(optimizer: Optimizer) -> None:
     """For a module's `on_train_start`: files keep no strides, but fused optimizers expect their parameter's."""
     for parameter, state in optimizer.state.items():
@@ -341,6 +348,12 @@ def one_of_all(trainer: Trainer, number: int | None) -> int | None:
         return number
     highest = trainer.strategy.reduce(torch.tensor(number or 0, device=trainer.strategy.root_device), reduce_op="max")
     return int(highest) or None
+
+
+def asked_to_stop(trainer: Trainer) -> bool:
+    """Whether a signal has come to any rank. Every rank must call it."""
+    saving = next((callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)), None)  # type: ignore[attr-defined]
+    return saving is not None and one_of_all(trainer, saving.received) is not None
 
 
 def _writer(trainer: Trainer) -> FolderCheckpointIO:

@@ -27,7 +27,7 @@ from t2v.models.convolution import channels_last
 from t2v.models.frozen import Frozen
 from t2v.models.text_encoder import TextEncoder
 from t2v.pipeline import TextToVideoPipeline
-from t2v.training.checkpoints import count_batches, lay_out_like_parameters
+from t2v.training.checkpoints import count_batches, lay_out_like_parameters, stop_between_steps
 from t2v.training.compiling import compile_blocks, require_compilable, require_compiler
 from t2v.training.ema import EMA
 from t2v.training.graphs import RecordedNetwork, own_gradients, require_recordable
@@ -276,6 +276,7 @@ class TextToVideoModule(LightningModule):
         return checkpoint.describe(self.unet, self.frozen, self.sampler, sample=self.sample, step=step)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        stop_between_steps(self.trainer, batch_idx)
         self.callbacks_done_at = time.perf_counter()  # theirs come first
 
     def on_train_start(self) -> None:

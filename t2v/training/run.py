@@ -68,8 +68,9 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def resume_from(resume: str, folder: Path) -> Path | None:
-    """auto: the newest whole checkpoint of the run; none: a fresh start; otherwise a checkpoint folder."""
+def resume_from(resume: str, folder: Path, kind: type[ModelCard | AutoencoderCard]) -> Path | None:
+    """auto: the newest whole checkpoint of the run; none: a fresh start; otherwise a checkpoint folder, from which the run begins: once it
+    has checkpoints of its own it continues from those, so that the same command goes on after an interruption."""
     newest = folder_format.latest(folder)
     if resume == "auto":
         return newest
@@ -79,7 +80,16 @@ def resume_from(resume: str, folder: Path) -> Path | None:
                 f"resume=none, but {folder} already holds {newest.name}: start another run with run=NAME, or delete that folder"
             )
         return None
-    return folder_format.find(resume)
+    wanted = folder_format.find(resume)
+    if newest is None or newest.samefile(wanted):
+        return wanted
+    steps = {path: folder_format.read_card(path, kind).step for path in (newest, wanted)}
+    if wanted.parent.samefile(newest.parent) or steps[newest] <= steps[wanted]:
+        raise ValueError(
+            f"resume={resume} is step {steps[wanted]}, but {folder} already holds step {steps[newest]}: start another run with "
+            "run=NAME, or continue this one with resume=auto"
+        )
+    return newest
 
 
 def same_model(stored: ModelCard | AutoencoderCard, wanted: ModelCard | AutoencoderCard, checkpoint: Path) -> None:
@@ -160,10 +170,10 @@ def train(
     `trainer` and `loggers` are called once the checkpoint is known; `config` is the resolved configuration as text.
     """
     end_with_what_started_this()
-    checkpoint = resume_from(resume, folder)
+    wanted = module.describe(0)  # type: ignore[operator]
+    checkpoint = resume_from(resume, folder, type(wanted))
     step = None
     if checkpoint is not None:
-        wanted = module.describe(0)  # type: ignore[operator]
         card = folder_format.read_card(checkpoint, type(wanted))
         step = card.step
         same_model(card, wanted, checkpoint)

@@ -80,6 +80,32 @@ def test_a_resumed_run_keeps_the_scalars_of_the_step_it_resumes_from(trainings: 
     assert [event.step for event in events.Scalars("loss/video")] == [1, 2, 3, 4]
 
 
+def test_a_run_that_began_from_another_s_checkpoint_continues_from_its_own(trainings: Trainings) -> None:
+    fast = (
+        "loader.num_workers=0",
+        "callbacks.score=null",
+        "callbacks.samples=null",
+        "metric=null",
+        "callbacks.checkpoints.every_n_steps=1",
+    )
+    code, output = trainings.run("run=first", "trainer.max_steps=2", *fast)
+    assert code == 0, output
+    branch = ("run=branch", f"resume={trainings.checkpoint('first', 2)}", *fast)
+    for steps in (3, 4):
+        code, output = trainings.run(*branch, f"trainer.max_steps={steps}")
+        assert code == 0, output
+        assert f"resume   step {steps - 1} from " in output
+    refused = {
+        "branch": f"resume={trainings.checkpoint('branch', 3)}",  # an earlier one of its own
+        "first": f"resume={trainings.checkpoint('branch', 4)}",  # a later one of another run
+    }
+    for run, resume in refused.items():
+        code, output = trainings.run(f"run={run}", resume, "trainer.max_steps=5", *fast)
+        assert code == 1
+        assert "but" in output.strip().splitlines()[-1]
+        assert "resume=auto" in output.strip().splitlines()[-1]
+
+
 def test_a_run_whose_last_checkpoint_could_not_be_written_is_not_finished(trainings: Trainings) -> None:
     same = ("run=refused", "trainer.max_steps=2", "loader.num_workers=0", "callbacks.score=null", "metric=null")
     folder = trainings.folder / "shapes" / "runs" / "refused"

@@ -43,7 +43,7 @@ def module() -> Any:
 def trainer(folder: Path) -> Any:
     rank = {"global_rank": 0, "world_size": 1, "is_global_zero": True}
     places = {"default_root_dir": folder, "logger": None, "loggers": [], "callback_metrics": {}, "global_step": 5}
-    return SimpleNamespace(**rank, **places, precision_plugin=SimpleNamespace(forward_context=nullcontext))
+    return SimpleNamespace(**rank, **places, max_steps=9, callbacks=[], precision_plugin=SimpleNamespace(forward_context=nullcontext))
 
 
 def test_real_clips_score_one_under_the_callback_s_name(tmp_path: Path, module: Any) -> None:

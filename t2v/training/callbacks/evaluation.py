@@ -17,7 +17,7 @@ from t2v.evaluation.scores import extractors_of
 from t2v.evaluation.shapes import CheckerFeatures
 from t2v.evaluation.videos import generator
 from t2v.metrics import weights
-from t2v.training.callbacks import SamplingCallback, at_least_one
+from t2v.training.callbacks import SamplingCallback, Stopped, at_least_one, go_on
 from t2v.training.sharding import is_sharded
 
 
@@ -47,25 +47,17 @@ class Evaluation(SamplingCallback):
         if "checker" in names:
             extractors["checker"] = CheckerFeatures(protocol.fps)
         self.measure = QuickEvaluation(protocol, dataset, extractors, Path(cache) if cache else weights.default_cache())
-        self.measured_step = -1
-
-    def on_train_start(self, trainer: Trainer, module: Any) -> None:
-        self.measured_step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        if step != self.measured_step and step % self.every_n_steps == 0 and step < trainer.max_steps:
-            self.evaluate(trainer, module)
 
     def evaluate(self, trainer: Trainer, module: Any) -> str:
         """Every rank must call it. Returns a Markdown table."""
-        self.measured_step = trainer.global_step
         pipeline = module.pipeline(self.sampler)
 
         def in_training_precision(captions: list[str], **options: Any) -> Tensor:
             try:
                 with trainer.precision_plugin.forward_context():
-                    return pipeline(captions, **options)
+                    return pipeline(captions, on_step=lambda done, of: go_on(trainer), **options)
+            except Stopped:
+                raise
             except Exception as error:
                 if not any(map(is_sharded, pipeline.unet.parameters())):
                     raise
@@ -80,3 +72,5 @@ class Evaluation(SamplingCallback):
         if trainer.logger is not None:
             trainer.logger.log_metrics(metrics, trainer.global_step)
         return "\n".join(["| measured on EMA weights | |", "|---|---|", *(f"| {name} | {value:.4g} |" for name, value in metrics.items())])
+
+    look = evaluate

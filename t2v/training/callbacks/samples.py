@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 
 from t2v.diffusion.sampling import Sampler
-from t2v.training.callbacks import SamplingCallback, at_least_one
+from t2v.training.callbacks import SamplingCallback, at_least_one, go_on
 from t2v.training.sharding import is_sharded
 from t2v.training.tensorboard import add_video
 from t2v.video import contact_sheet, film_strips, write_animation, write_mp4
@@ -36,22 +37,19 @@ class SampleVideos(SamplingCallback):
         self.sampler = sampler
         self.num_frames = num_frames
         self.seed = seed
-        self.sampled_step = -1
 
-    def on_train_start(self, trainer: Trainer, module: Any) -> None:
-        self.sampled_step = trainer.global_step
+    def is_due(self, trainer: Trainer) -> bool:
+        return super().is_due(trainer) or trainer.global_step >= trainer.max_steps
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        if step != self.sampled_step and (step % self.every_n_steps == 0 or step >= trainer.max_steps):
-            self.sampled_step = step
-            if trainer.is_global_zero or is_sharded(next(module.ema_unet.parameters())):
-                self.sample(trainer, module)
+    def look(self, trainer: Trainer, module: Any) -> None:
+        together = is_sharded(next(module.ema_unet.parameters())) or trainer.world_size == 1
+        if trainer.is_global_zero or together:
+            self.sample(trainer, module, on_step=(lambda done, of: go_on(trainer)) if together else None)
 
-    def sample(self, trainer: Trainer, module: Any) -> None:
+    def sample(self, trainer: Trainer, module: Any, on_step: Callable[[int, int], None] | None = None) -> None:
         frames = {} if self.num_frames is None else {"num_frames": self.num_frames}
         with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context():
-            videos: Tensor = module.pipeline(self.sampler)(self.prompts, seed=self.seed, **frames)  # (b f h w c)
+            videos: Tensor = module.pipeline(self.sampler)(self.prompts, seed=self.seed, on_step=on_step, **frames)  # (b f h w c)
         if not trainer.is_global_zero:
             return
         fps = module.sample["fps"]

@@ -20,7 +20,7 @@ from t2v.diffusion.guidance import ClassifierFreeGuidance
 from t2v.diffusion.sampling import Sampler
 from t2v.pipeline import TextToVideoPipeline
 from t2v.ranks import from_all
-from t2v.training.callbacks import SamplingCallback, at_least_one
+from t2v.training.callbacks import SamplingCallback, at_least_one, go_on
 from t2v.training.sharding import make_room_for_gathering
 from t2v.training.tensorboard import add_text
 
@@ -75,20 +75,10 @@ class ShapesScore(SamplingCallback):
         self.name = name
         self.measures = (name,)
         self.processes = processes
-        self.scored_step = -1
         self.truths: list[Seen] | None = None  # what the checker sees in the real clips; the same at every step
 
-    def on_train_start(self, trainer: Trainer, module: Any) -> None:
-        self.scored_step = trainer.global_step
-        if self.at_start and trainer.global_step == 0:
-            self.evaluate(trainer, module)
-
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        due = self.every_n_steps is not None and step % self.every_n_steps == 0 and step < trainer.max_steps
-        if due and step != self.scored_step:
-            self.scored_step = step
-            self.evaluate(trainer, module)
+    def is_due(self, trainer: Trainer) -> bool:
+        return super().is_due(trainer) or (self.at_start and trainer.global_step == 0)
 
     def evaluate(self, trainer: Trainer, module: Any) -> Score:
         """Generate and score; every rank must call it. The table is logged, written to scores.jsonl and returned."""
@@ -110,6 +100,8 @@ class ShapesScore(SamplingCallback):
                 file.write(json.dumps(record) + "\n")
         return Score(result.rows, f"{self.name}: {self.kind} prompts, {videos[0].shape[0]} frames")
 
+    look = evaluate
+
     def generate(self, trainer: Trainer, module: Any) -> list[torch.Tensor]:
         """A video for each spec, uint8 (f h w c), on every rank."""
         n, world = len(self.specs), trainer.world_size
@@ -123,6 +115,7 @@ class ShapesScore(SamplingCallback):
             pipeline.unet = module.unet
         captions = [self.specs[i].caption for i in mine]
         with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context(), at_rest(pipeline.unet):
-            videos = pipeline(captions, seed=self.seed, indices=mine, batch_size=self.batch_size, num_frames=self.num_frames)
+            options = {"batch_size": self.batch_size, "num_frames": self.num_frames}
+            videos = pipeline(captions, seed=self.seed, indices=mine, on_step=lambda done, of: go_on(trainer), **options)
         in_order = {i: video for rank, part in enumerate(from_all(videos)) for i, video in zip(range(rank, n, world), part)}
         return [in_order[i] for i in range(n)]
