@@ -19,7 +19,6 @@ from diffusers.models.resnet import ResnetBlock2D
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from t2v.batch import ClipBatch
 from t2v.checkpoint import AutoencoderCard, Part
@@ -28,6 +27,7 @@ from t2v.data.shapes import held_out_images, held_out_specs, render
 from t2v.diffusion.randomness import normal
 from t2v.training.checkpoints import count_batches, lay_out_like_parameters, stop_between_steps
 from t2v.training.ema import EMA
+from t2v.training.learning_rate import scheduled
 from t2v.training.mixture import StepPlan
 
 
@@ -97,7 +97,7 @@ class AutoencoderModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(p for p in self.autoencoder.parameters() if p.requires_grad)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.lr_schedule), "interval": "step"}}
+        return scheduled(optimizer, self.lr_schedule)
 
     @property
     def plan(self) -> StepPlan:

@@ -13,7 +13,6 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from t2v import checkpoint
 from t2v.batch import ClipBatch, LatentBatch
@@ -31,6 +30,7 @@ from t2v.training.checkpoints import count_batches, lay_out_like_parameters, sto
 from t2v.training.compiling import compile_blocks, require_compilable, require_compiler
 from t2v.training.ema import EMA
 from t2v.training.graphs import RecordedNetwork, own_gradients, require_recordable
+from t2v.training.learning_rate import scheduled
 from t2v.training.mixture import StepPlan
 from t2v.training.nan_watch import MicroBatch, Model, NanWatch
 from t2v.training.sharding import is_sharded, local, materialise, own_rows, take_gradients
@@ -160,7 +160,7 @@ class TextToVideoModule(LightningModule):
                 f"strategy=fsdp steps on each rank's rows, but {type(optimizer).__name__} looks at whole weights: "
                 "use optimizer=adamw, or strategy=ddp"
             )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.lr_schedule), "interval": "step"}}
+        return scheduled(optimizer, self.lr_schedule)
 
     @property
     def plan(self) -> StepPlan:

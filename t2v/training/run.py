@@ -68,7 +68,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def resume_from(resume: str, folder: Path, kind: type[ModelCard | AutoencoderCard]) -> Path | None:
+def resume_from(resume: str, folder: Path, kind: type[Any]) -> Path | None:
     """auto: the newest whole checkpoint of the run; none: a fresh start; otherwise a checkpoint folder, from which the run begins: once it
     has checkpoints of its own it continues from those, so that the same command goes on after an interruption."""
     newest = folder_format.latest(folder)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,7 @@ from t2v.pipeline import TextToVideoPipeline
 from t2v.training import checkpoints
 from t2v.training.callbacks.samples import SampleVideos
 from t2v.training.checkpoints import Checkpoints, FolderCheckpointIO, one_of_all
+from t2v.training.learning_rate import cosine
 from t2v.training.mixture import JointMixture
 from t2v.training.run import farewell
 from t2v.training.sharding import gathered_together, is_sharded, local, materialise, size_of
@@ -330,3 +332,30 @@ def test_a_signal_that_comes_while_ranks_ask_each_other_is_not_lost(monkeypatch:
     monkeypatch.setattr(checkpoints, "one_of_all", lambda trainer, number: callback._receive(signal.SIGUSR1, None) or number)
     callback.on_train_batch_end(trainer, None, None, None, 0)  # type: ignore[arg-type]
     assert (callback.received, trainer.should_stop) == (signal.SIGUSR1, False)
+
+
+def resumed_with(folder: Path, first: Path, strategy: str, world: int) -> dict[str, Any]:
+    """The third step, with a rate and a decay that the first two did not have."""
+    optimizer = partial(torch.optim.AdamW, lr=5e-4, weight_decay=0.5)
+    module = small_module(optimizer=optimizer, lr_schedule=cosine(4), temporal_lr_factor=3)
+    data = MadeUpData(BATCH, {"image": 2, "video": 2}, JointMixture())
+    trainer = fit(module, data, folder, strategy=STRATEGIES[strategy](), world=world, steps=3, resume=first)
+    (used,) = trainer.optimizers
+    steps = {int(state["step"]) for state in used.state.values()}
+    return {"steps": sorted(steps), "groups": [(g["initial_lr"], g["lr"], g["weight_decay"]) for g in used.param_groups]}
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("single", 1), ("fsdp", 2)])
+def test_a_resumed_training_has_the_settings_of_its_own_command(
+    straight: Path, tmp_path: Path, strategy: str, world: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (first, *_) = on_ranks(resumed_with, world, tmp_path, tmp_path, checkpoint.step_folder(straight, 2), strategy, world)
+    assert first["steps"] == [3]
+    assert first["groups"] == [(base, base * cosine(4)(3), 0.5) for base in (5e-4, 1.5e-3)]
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("resume")]
+    assert said == [
+        "resume   spatial lr is 0.0005 from here on, 0.001 before",
+        "resume   spatial weight_decay is 0.5 from here on, 0.01 before",
+        "resume   temporal lr is 0.0015 from here on, 0.001 before",
+        "resume   temporal weight_decay is 0.5 from here on, 0.01 before",
+    ]

@@ -115,7 +115,7 @@ class ShapesScore(SamplingCallback):
             pipeline.unet = module.unet
         captions = [self.specs[i].caption for i in mine]
         with torch.random.fork_rng(devices=[]), trainer.precision_plugin.forward_context(), at_rest(pipeline.unet):
-            options = {"batch_size": self.batch_size, "num_frames": self.num_frames}
+            options: dict[str, Any] = {"batch_size": self.batch_size, "num_frames": self.num_frames}
             videos = pipeline(captions, seed=self.seed, indices=mine, on_step=lambda done, of: go_on(trainer), **options)
         in_order = {i: video for rank, part in enumerate(from_all(videos)) for i, video in zip(range(rank, n, world), part)}
         return [in_order[i] for i in range(n)]
