@@ -4,8 +4,8 @@
     unet.safetensors   the network's weights
     ema.safetensors    their moving average, which generate and evaluate use
     model.json         what these weights are (card.py)
-    train/             optimizer, random states, shards: only the trainer reads it
-    data/              where the readers stand, per rank: only the trainer reads it
+    train/             optimizer, schedule, callbacks, loops: only the trainer reads it
+    data/              where each virtual reader stands, of all ranks: only the trainer reads it
     complete           the marker, written last: the size of every file, and a hash of each small one
 """
 

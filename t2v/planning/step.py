@@ -17,7 +17,7 @@ from t2v.models.text_encoder import TOKENS, TextEncoder
 from t2v.planning.autocast import GPUFunctions
 from t2v.planning.live_bytes import LiveBytes
 
-PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
+PRECISIONS = {"bf16-mixed": torch.bfloat16, "32-true": None}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ A loss that is not finite makes the gradient of every rank so in the same step. 
 search together: a sharded network runs on all of them or not at all.
 
 A fused optimizer can be told on the GPU to leave weights and moments as they are (`found_inf`, as GradScaler tells it). Then the verdict is
-read a step later, and the CPU never waits for the GPU: it is always a step of launches ahead.
+read a step later, and this watch never makes the CPU wait for the GPU. (What sums losses over ranks or looks for spikes may.)
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from t2v.training.slurm import first_process
 from t2v.training.tensorboard import add_text
 
 RESULTS = "results.json"
+PRECISIONS = ("bf16-mixed", "32-true")  # weights in float32; float16 would need its gradients scaled
 
 
 def quiet_third_parties() -> None:
@@ -116,9 +117,11 @@ def same_model(stored: ModelCard | AutoencoderCard, wanted: ModelCard | Autoenco
 
 
 def make_trainer(trainer: Callable[..., Trainer], **arguments: Any) -> Trainer:
-    """Raises ValueError for devices that this machine does not have, and for what is no duration."""
+    """Raises ValueError for devices that this machine does not have, other precisions, and for what is no duration."""
     asked = getattr(trainer, "keywords", {})
-    longest = asked.get("max_time")
+    longest, precision = asked.get("max_time"), asked.get("precision", PRECISIONS[-1])
+    if precision not in PRECISIONS:
+        raise ValueError(f"trainer.precision={precision} is not supported: use {' or '.join(PRECISIONS)}")
     try:
         Timer(longest)
     except (MisconfigurationException, AttributeError) as error:  # a number has no seconds

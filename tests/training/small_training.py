@@ -124,6 +124,7 @@ def fit(
     world: int = 1,
     resume: Path | None = None,
     precision: Any = None,
+    logger: Any = False,
     **options: Any,
 ) -> Trainer:
     trainer = Trainer(
@@ -131,7 +132,7 @@ def fit(
         accelerator="cpu",
         devices=world,
         strategy=strategy,
-        logger=False,
+        logger=logger,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -27,12 +27,13 @@ from t2v.configuration import config_dir
 from t2v.diffusion.objective import DenoisingLoss
 from t2v.diffusion.sampling import Sampler
 from t2v.diffusion.schedule import NoiseSchedule
+from t2v.planning.step import PRECISIONS as PLANNED
 from t2v.training.callbacks.evaluation import Evaluation
 from t2v.training.callbacks.samples import SampleVideos
 from t2v.training.callbacks.shapes_score import ShapesScore
 from t2v.training.checkpoints import Checkpoints
 from t2v.training.mixture import JointMixture
-from t2v.training.run import check_port, make_trainer, same_model
+from t2v.training.run import PRECISIONS, check_port, make_trainer, same_model
 from t2v.training.strategies import FullyShardedStrategy
 
 BATCH = {"image": 2, "video": 2}
@@ -72,6 +73,13 @@ def test_a_time_that_is_no_duration_is_refused(longest: Any) -> None:
     with pytest.raises(ValueError, match=rf"trainer\.max_time={longest} is no duration: write DD:HH:MM:SS"):
         make_trainer(functools.partial(Trainer, accelerator="cpu", max_time=longest, logger=False))
     assert make_trainer(functools.partial(Trainer, accelerator="cpu", max_time="00:01:30:00", logger=False)).max_steps == -1
+
+
+def test_another_precision_is_refused_in_training_and_plan() -> None:
+    for precision in ("64-true", "16-mixed", "bf16-true"):
+        with pytest.raises(ValueError, match=rf"trainer\.precision={precision} is not supported: use bf16-mixed or 32-true"):
+            make_trainer(functools.partial(Trainer, accelerator="cpu", precision=precision, logger=False))
+    assert set(PLANNED) == set(PRECISIONS)
 
 
 def test_a_taken_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

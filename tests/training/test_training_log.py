@@ -1,18 +1,30 @@
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from pytorch_lightning.loggers.logger import DummyLogger
+from ranks import on_ranks
+from small_training import MadeUpData, fit, small_module
 from tiny_model import UNET
 from torch import nn
 
 from t2v.batch import ClipBatch, LatentBatch
+from t2v.checkpoint import step_folder
 from t2v.diffusion.objective import DenoisingLoss
 from t2v.models.autoencoder import SD_CONFIG
 from t2v.training.callbacks import training_log
 from t2v.training.callbacks.training_log import TrainingLog
+from t2v.training.checkpoints import Checkpoints
+from t2v.training.learning_rate import cosine
+from t2v.training.mixture import JointMixture
 from t2v.training.nan_watch import MicroBatch, NanWatch
 from t2v.training.operations import autoencoder_tflop, ceiling_tflop_per_s, unet_tflop
 
@@ -51,6 +63,7 @@ def step(log: TrainingLog, trainer: Any, clock: Clock, batch: dict[str, ClipBatc
     log.on_train_batch_start(trainer, module, batch, 0)
     clock.now += 1.5
     trainer.global_step += 1
+    log.on_before_optimizer_step(trainer, module, trainer.optimizers[0])
     log.on_train_batch_end(trainer, module, None, batch, 0)
 
 
@@ -109,3 +122,31 @@ def test_operations_are_those_of_the_paper() -> None:
 def test_operations_of_the_encoder_and_of_images() -> None:
     assert autoencoder_tflop(SD_CONFIG, (4, 1, 32, 32))[0] == pytest.approx(4.36 / 16, rel=1e-2)
     assert unet_tflop(UNET, (4, 1, 4, 4), (7, 32)) < unet_tflop(UNET, (4, 4, 4, 4), (7, 32)) / 4
+
+
+def logged_on_two_ranks(folder: Path, resume: bool) -> dict[str, float]:
+    """Each rank skips two more samples than the one before, in each of two steps."""
+
+    class Skipping(MadeUpData):
+        def clips(self, stream: str, indices: list[int]) -> ClipBatch:
+            rank = dist.get_rank()
+            return replace(super().clips(stream, indices), bad=Counter({("source", "broken"): (1 + 2 * rank) * (stream == "video")}))
+
+    logged: dict[str, float] = {}
+    logger = DummyLogger()
+    logger.log_metrics = lambda metrics, step=None: logged.update(metrics)  # type: ignore[method-assign]
+    log = TrainingLog(every_n_steps=1, ceiling=1.0)
+    module = small_module(lr_schedule=cosine(8), optimizer=partial(torch.optim.AdamW, lr=1.0))
+    data = Skipping({"image": 2, "video": 2}, {"image": 2, "video": 2}, JointMixture())
+    latest = step_folder(folder, 2) if resume else None
+    setup = {"strategy": "ddp", "world": 2, "steps": 4 if resume else 2, "resume": latest, "callbacks": [log, Checkpoints(every_n_steps=1)]}
+    fit(module, data, folder, logger=logger, **setup)
+    return {name: value for name, value in logged.items() if name.startswith(("skipped", "memory", "optimizer/lr"))}
+
+
+def test_skipped_samples_and_memory_are_of_all_ranks_and_the_rate_of_the_step(tmp_path: Path) -> None:
+    for resume, steps in ((False, 2), (True, 4)):
+        one, other = on_ranks(logged_on_two_ranks, 2, tmp_path, tmp_path, resume)
+        assert one == other
+        assert one["skipped/source/broken"] == steps * (1 + 3)
+        assert one["optimizer/lr_spatial"] == pytest.approx(cosine(8)(steps - 1))

@@ -193,3 +193,10 @@ def test_a_fused_optimizer_passes_over_the_bad_step(steps: int, tmp_path: Path) 
     (optimizer,) = [module.trainer.optimizers[0]]
     assert all(float(state["step"]) == 1 and torch.isfinite(state["exp_avg"]).all() for state in optimizer.state.values())
     assert all(torch.isfinite(value).all() for value in module.ema_unet.state_dict().values())
+
+
+def test_what_loss_spikes_know_survives_a_resume(tmp_path: Path) -> None:
+    first, second = LossSpikes(), LossSpikes()
+    first.running, first.steps = {"video": 0.25}, 120
+    second.load_state_dict(first.state_dict())
+    assert (second.running, second.steps) == ({"video": 0.25}, 120)

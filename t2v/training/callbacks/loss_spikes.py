@@ -29,6 +29,12 @@ class LossSpikes(Callback):
         self.steps = 0
         self.last_step = -1
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"running": dict(self.running), "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.running, self.steps = dict(state_dict["running"]), state_dict["steps"]
+
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         self.last_step = trainer.global_step
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from t2v.batch import ClipBatch
-from t2v.ranks import connected
+from t2v.ranks import connected, from_all
 from t2v.training.callbacks import at_least_one
 from t2v.training.operations import autoencoder_tflop, ceiling_tflop_per_s, unet_tflop
 from t2v.training.sharding import is_sharded, local
@@ -30,7 +30,8 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...], bool]
 
 class TrainingLog(Callback):
     """Every `every_n_steps` optimizer steps: loss of images and of videos, loss by quarter of the timesteps, learning rate, gradient norm,
-    update-to-weight ratio, clips/s and images/s, share of the time spent waiting for data, peak memory, skipped samples by reason; for each
+    update-to-weight ratio, clips/s and images/s, share of the time spent waiting for data, peak memory (of the rank that has most), skipped
+    samples by reason (of all ranks and sessions); for each
     GPU clips/s, images/s, TFLOP/s and their share of the ceiling. What other callbacks take (samples, scores, checkpoints) is in none of
     them but in `speed/callbacks`, its share of all time.
 
@@ -49,7 +50,9 @@ class TrainingLog(Callback):
         self.trained: Counter[Shapes] = Counter()  # samples on this rank since the last log
         self.work: dict[Shapes, float] = {}  # TFLOP of training on one sample
         self.first_step: dict[str, float] = {}  # its scalars, until they are logged
-        self.bad: Counter[tuple[str, str]] = Counter()
+        self.bad: Counter[tuple[str, str]] = Counter()  # on this rank in this session
+        self.bad_before: Counter[tuple[str, str]] = Counter()  # on all ranks, in the sessions before
+        self.rates: dict[str, float] = {}  # of the last step
         self.seen: Counter[str] = Counter()
         self.losses: list[tuple[str, Tensor, Tensor]] = []  # (stream, timesteps, losses) since the last log
         self.waited = self.aside = 0.0  # seconds since the last log: for data, and in other callbacks
@@ -68,6 +71,9 @@ class TrainingLog(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: Any, batch: dict[str, ClipBatch], batch_idx: int) -> None:
         self.waited += time.perf_counter() - module.callbacks_done_at
         self.aside += module.callbacks_done_at - self.batch_ended
+
+    def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
+        self.rates = {group["name"]: group["lr"] for group in optimizer.param_groups}  # the schedule moves on before the step is logged
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: dict[str, ClipBatch], batch_idx: int) -> None:
         for stream, clips in batch.items():
@@ -99,8 +105,9 @@ class TrainingLog(Callback):
         if connected():
             dist.all_reduce(seen)
         for group in trainer.optimizers[0].param_groups:
-            scalars[f"optimizer/lr_{group['name']}"] = group["lr"]
-            scalars[f"optimizer/update_to_weight_{group['name']}"] = update_to_weight(trainer.optimizers[0], group)
+            name = group["name"]
+            scalars[f"optimizer/lr_{name}"] = self.rates[name]
+            scalars[f"optimizer/update_to_weight_{name}"] = update_to_weight(trainer.optimizers[0], {**group, "lr": self.rates[name]})
         if module.watch.norm is not None:
             scalars["optimizer/gradient_norm"] = float(module.watch.norm)
         trained_for = now - self.since - self.aside
@@ -114,8 +121,8 @@ class TrainingLog(Callback):
         self.first_step = {}
         scalars["speed/data_wait"] = self.waited / trained_for
         scalars["speed/callbacks"] = self.aside / (now - self.since)
-        scalars["memory/peak_gb"] = peak_memory_gb(module.device)
-        for (source, reason), count in self.bad.items():
+        scalars["memory/peak_gb"] = max(from_all(peak_memory_gb(module.device)))
+        for (source, reason), count in self._all_bad().items():
             scalars[f"skipped/{source}/{reason}"] = count
         if trainer.logger is not None:
             trainer.logger.log_metrics(scalars, step)
@@ -141,11 +148,15 @@ class TrainingLog(Callback):
         with path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
 
+    def _all_bad(self) -> Counter[tuple[str, str]]:
+        return sum(from_all(self.bad), self.bad_before)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"bad": [[source, reason, count] for (source, reason), count in self.bad.items()]}
+        """All ranks must call it together, as they do for a checkpoint."""
+        return {"bad": [[source, reason, count] for (source, reason), count in self._all_bad().items()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.bad = Counter({(source, reason): count for source, reason, count in state_dict["bad"]})
+        self.bad_before = Counter({(source, reason): count for source, reason, count in state_dict["bad"]})
 
 
 def _mean_losses(losses: list[tuple[str, Tensor, Tensor]], num_timesteps: int, device: torch.device) -> dict[str, float]:
