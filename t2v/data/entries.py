@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,7 +38,7 @@ class Entry:
             return _tar(str(self.place[0])).read(self.place[1])
         else:
             try:
-                data = _zip(str(self.place[0])).read(self.place[1])
+                data = _zip(str(self.place[0]), os.getpid()).read(self.place[1])
             except zipfile.BadZipFile as error:
                 raise BadSample("zip_damaged", str(error)) from error
         suffix = self.name.rpartition(".")[2].lower()
@@ -89,7 +90,7 @@ def _files(source: Path) -> dict[str, Path | tuple[Path, str] | tuple[Path, int]
             found[path.relative_to(source).as_posix()] = path
         elif path.suffix.lower() == ".zip":
             try:
-                names = _zip(str(path)).namelist()
+                names = _zip(str(path), os.getpid()).namelist()
             except (zipfile.BadZipFile, OSError) as error:
                 raise ValueError(f"{path}: not a readable zip: {error}") from error
             found |= {name: (path, name) for name in sorted(names) if name.rpartition(".")[2].lower() in MEDIA}
@@ -113,7 +114,8 @@ def _beside(place: Path | tuple[Path, str] | tuple[Path, int]) -> dict[str, Any]
 
 
 @lru_cache(maxsize=16)
-def _zip(path: str) -> zipfile.ZipFile:
+def _zip(path: str, process: int) -> zipfile.ZipFile:
+    """Opened by each process for itself: those that a fork hands on share their position, so that processes read in each other's places."""
     return zipfile.ZipFile(path)
 
 

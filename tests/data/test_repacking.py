@@ -72,6 +72,17 @@ def test_zips_and_json_captions(tmp_path: Path) -> None:
         find(source, tmp_path / "captions.json")
 
 
+def test_several_workers_read_one_zip(tmp_path: Path) -> None:
+    source, count = tmp_path / "source", 300
+    source.mkdir()
+    with zipfile.ZipFile(source / "all.zip", "w") as file:
+        for number in range(count):
+            file.writestr(f"{number}.png", image_bytes(number))
+    (tmp_path / "captions.json").write_text(json.dumps({f"{number}.png": f"picture {number}" for number in range(count)}))
+    (shard,) = repack(find(source, tmp_path / "captions.json"), tmp_path / "out", workers=4)
+    assert (shard.samples, dict(shard.skipped)) == (count, {})
+
+
 def test_captions_beside_the_files(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
