@@ -1,15 +1,21 @@
-"""Shards of videos -> shards of moments (latents.py): resumable shard by shard, divided among ranks, decoded by workers."""
+"""Shards of videos -> shards of moments (latents.py): resumable shard by shard, divided among ranks, decoded by workers.
+
+An output has the name of the shard that it was made of. encode.json beside them says where that lay, and what else decides what they hold.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -21,10 +27,12 @@ from t2v.data.latents import MEMBER, TEXT, HashedAutoencoder, HashedTextEncoder,
 from t2v.data.loader import as_it_is, start_worker
 from t2v.data.raw import RawSample
 from t2v.data.readers import ClipStream, Host
-from t2v.data.shard_writer import ShardWriter
+from t2v.data.shard_writer import ShardWriter, write_json
 from t2v.data.sources import Source
 from t2v.data.workers import hanging_is_an_error
 from t2v.video import decode_clip
+
+NOTE = "encode.json"
 
 
 class EncodingAutoencoder(HashedAutoencoder, Protocol):
@@ -53,6 +61,81 @@ class Encoded:
     frames: int
     skipped: Counter[str]
     was_there: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard of a source, and what becomes of it."""
+
+    source: Source
+    url: str
+    output: Path
+
+    @property
+    def place(self) -> str:
+        """The same from every working folder."""
+        return self.url if "://" in self.url else os.path.abspath(self.url)
+
+
+def jobs_of(stream: ClipStream, output: Path) -> list[Job]:
+    """All shards of a stream. Names do not change when others come or go: a shard's own, or that with a hash where several have it; those
+    that were given stay. Raises ValueError where `output` holds shards of something else."""
+    given = {place: name for name, place in _note(output).get("shards", {}).items()}
+    jobs = [Job(source, url, output) for source, urls in zip(stream.sources, stream.shards) for url in urls]
+    stems = [re.sub(r"[^\w.-]", "_", job.url.rsplit("/", 1)[-1].split("?")[0].removesuffix(".tar")) for job in jobs]
+    times, named = Counter(stems), []
+    for job, stem in zip(jobs, stems):
+        mark = "" if times[stem] == 1 else f"_{hashlib.blake2b(f'{job.source.name} {job.place}'.encode(), digest_size=4).hexdigest()}"
+        named.append(replace(job, output=output / given.get(job.place, f"{stem}{mark}.tar")))
+    return named
+
+
+def keep_note(output: Path, stream: ClipStream, jobs: list[Job]) -> None:
+    """What the shards of a folder are made of, and how, so that no other data and no other choices go on with it. More shards may come.
+    Raises ValueError."""
+    there = _note(output)
+    recipe, shards = _recipe(stream), {job.output.name: job.place for job in jobs}
+    for part, now, remedy in (
+        ("recipe", recipe, ""),
+        ("shards", shards, f", or write the new place into {output / NOTE} if the same shards were moved"),
+    ):
+        before = there.get(part, {})
+        different = [f"{name} was {before[name]} and is {value}" for name, value in now.items() if before.get(name, value) != value]
+        if different:
+            more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+            raise ValueError(f"{output} holds shards of another encoding: {different[0]}{more}. Choose another output={remedy}")
+    note = {"recipe": there.get("recipe", {}) | recipe, "shards": there.get("shards", {}) | shards}
+    if note != there:
+        write_json(output / NOTE, note)
+
+
+def _recipe(stream: ClipStream) -> dict[str, Any]:
+    """What decides which clips and captions there are, beside the autoencoder, size and frame rate, which are in dataset.json."""
+    frames = stream.frames
+    assert isinstance(frames, VideoFrames)
+    recipe: dict[str, Any] = {name: getattr(frames, name) for name in ("short", "min_distinct", "max_pixels")} | {"seed": stream.seed}
+    if frames.short != "skip":
+        recipe["num_frames"] = frames.num_frames
+    for source, urls in zip(stream.sources, stream.shards):
+        for name in ("media", "caption", "filters", "keep_uncaptioned"):
+            value = getattr(source, name)
+            recipe[f"{source.name}.{name}"] = list(value) if isinstance(value, tuple) else value
+        for table in sorted({url.rpartition("#")[0] for url in urls if "#" in url and "://" not in url}):  # its shards are runs of its rows
+            data = Path(table).read_bytes()
+            recipe[os.path.abspath(table)] = f"{len(data)} bytes ({hashlib.blake2b(data, digest_size=4).hexdigest()})"
+    return recipe
+
+
+def _note(output: Path) -> dict[str, Any]:
+    path = output / NOTE
+    if not path.exists():
+        if any(output.glob("*.tar")):
+            raise ValueError(f"{output} holds shards, but no {NOTE}, which says what they were made of: choose another output=")
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; choose another output=") from error
 
 
 class WholeClips(IterableDataset):
@@ -108,23 +191,23 @@ def encode_shards(
     """Encode every rank-th shard of a webvid stream into `output`; what is already there is left alone. Yields after each shard.
     With `text_encoder` the captions' embeddings are stored beside the moments.
 
-    Raises ValueError where `output` holds other latents, DataQualityError where too much is bad, TimeoutError where no worker answers for
-    `timeout` seconds.
+    Raises ValueError where `output` holds other latents, or those of other shards, DataQualityError where too much is bad, TimeoutError
+    where no worker answers for `timeout` seconds.
     """
     recipe = stream.frames
     if not isinstance(recipe, VideoFrames):
         raise ValueError(f"{stream.name}: only streams of videos can be encoded, not {type(recipe).__name__}")
+    jobs = jobs_of(stream, output)
     text_sha256 = None if text_encoder is None else text_encoder.sha256()
     card = LatentCard(autoencoder.sha256(), autoencoder.factor, autoencoder.channels, recipe.size, float(recipe.fps), text_sha256)
     card.write(output)
+    keep_note(output, stream, jobs)
     if text_encoder is not None:
         write_empty_text(output, text_encoder)
-    jobs = [(source, url) for source, urls in zip(stream.sources, stream.shards) for url in urls]
-    mine = range(rank, len(jobs), world)
+    mine = jobs[rank::world]
     guard = QualityGuard(replace(stream.limits))
     for done, job in enumerate(mine, start=1):
-        source, url = jobs[job]
-        path = output / f"{job:05d}.tar"
+        source, url, path = job.source, job.url, job.output
         if path.exists():
             yield Encoded(path, done, len(mine), 0, 0, Counter(), True)
             continue

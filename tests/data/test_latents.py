@@ -16,8 +16,10 @@ from t2v.data import encoding
 from t2v.data.arrays import pack, pack_moments, read_moments
 from t2v.data.encoding import encode_shards
 from t2v.data.errors import BadSample
+from t2v.data.folder import read_table
 from t2v.data.latents import LatentCard, webvid_latents
 from t2v.data.loader import ClipLoader
+from t2v.data.shards import LocalTar
 from t2v.data.webvid import webvid
 from t2v.video import decode_clip
 
@@ -97,7 +99,7 @@ def test_encoding_continues_and_divides_among_ranks(videos: Path, tmp_path: Path
     first = encode_shards(stream(videos), autoencoder, out, rank=0, world=2)
     assert next(first).shard.name == "00000.tar"
     first.close()
-    assert sorted(path.name for path in out.iterdir()) == ["00000.tar", "00000_stats.json", "dataset.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["00000.tar", "00000_stats.json", "dataset.json", "encode.json"]
     assert [shard.shard.name for shard in encode_shards(stream(videos), autoencoder, out, rank=1, world=2)] == ["00001.tar"]
     before = {path.name: path.read_bytes() for path in out.glob("*.tar")}
     autoencoder.calls = 0
@@ -105,6 +107,62 @@ def test_encoding_continues_and_divides_among_ranks(videos: Path, tmp_path: Path
     assert [shard.was_there for shard in again] == [True, True, False]
     assert autoencoder.calls == 4
     assert all((out / name).read_bytes() == data for name, data in before.items())
+
+
+def keys(folder: Path) -> list[str]:
+    """Of all samples."""
+    tars = [LocalTar(str(path)) for path in sorted(folder.glob("*.tar"))]
+    return [tar.read(k).key for tar in tars for k in range(len(tar))]
+
+
+def test_shards_that_come_later_are_encoded_once(videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (videos / "00001.tar").rename(tmp_path / "later.tar")
+    assert [shard.shard.name for shard in encode_shards(stream(videos), Autoencoder(), out)] == ["00000.tar", "00002.tar"]
+    (tmp_path / "later.tar").rename(videos / "00001.tar")
+    assert [shard.was_there for shard in encode_shards(stream(videos), Autoencoder(), out)] == [True, False, True]
+    assert keys(out) == [f"{k:08d}" for k in range(12) if k != 6]
+    (videos / "00000.tar").unlink()  # what was encoded may go
+    assert all(shard.was_there for shard in encode_shards(stream(videos), Autoencoder(), out))
+
+
+def test_shards_of_one_name_do_not_take_each_others_place(videos: Path, tmp_path: Path) -> None:
+    both = [f"{videos}/*.tar", str(write_tar(tmp_path / "more/00001.tar", [video_sample(99)]).parent)]
+    options = {"num_frames": 6, "size": 16, "num_readers": 4}
+    assert len(list(encode_shards(webvid(both, **options), Autoencoder(), tmp_path / "at_once"))) == 4
+    list(encode_shards(webvid(both[0], **options), Autoencoder(), tmp_path / "in_turn"))
+    again = list(encode_shards(webvid(both, **options), Autoencoder(), tmp_path / "in_turn"))
+    assert [shard.was_there for shard in again] == [True, True, True, False]
+    for folder in ("at_once", "in_turn"):
+        assert sorted(keys(tmp_path / folder)) == [f"{k:08d}" for k in (*range(6), *range(7, 12), 99)]
+
+
+def test_outputs_of_other_data_are_refused(videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    list(encode_shards(stream(videos), Autoencoder(), out))
+    other = write_tar(tmp_path / "other/00002.tar", [video_sample(99)])
+    with pytest.raises(ValueError, match=rf"00002.tar was {videos}/00002.tar and is {other}. Choose another output="):
+        list(encode_shards(stream(other.parent), Autoencoder(), out))
+    with pytest.raises(ValueError, match=r"webvid.filters was \[\] and is \['key > 1'\]"):
+        list(encode_shards(webvid(str(videos), num_frames=6, size=16, num_readers=4, filters=["key > 1"]), Autoencoder(), out))
+    with pytest.raises(ValueError, match="short was skip and is loop"):
+        list(encode_shards(webvid(str(videos), num_frames=6, size=16, num_readers=4, short="loop"), Autoencoder(), out))
+    with pytest.raises(ValueError, match=r"no encode.json, which says what they were made of: choose another output="):
+        list(encode_shards(stream(videos), Autoencoder(), other.parent))
+    assert [path.name for path in other.parent.iterdir()] == ["00002.tar"]
+
+
+def test_a_table_that_changed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(video_bytes())
+    table = tmp_path / "captions.csv"
+    table.write_text("file,caption\na.mp4,video 1\n")
+    (shard,) = encode_shards(stream(table), Autoencoder(), tmp_path / "out")
+    assert shard.clips == 1
+    assert keys(tmp_path / "out") == ["a"]
+    read_table.cache_clear()
+    table.write_text("file,caption\na.mp4,video 1\na.mp4,video 2\n")  # its rows are divided in another way now
+    with pytest.raises(ValueError, match=rf"{table} was 27 bytes .* and is 41 bytes"):
+        list(encode_shards(stream(table), Autoencoder(), tmp_path / "out"))
 
 
 def test_an_error_leaves_no_half_shard(videos: Path, tmp_path: Path) -> None:
@@ -116,7 +174,7 @@ def test_an_error_leaves_no_half_shard(videos: Path, tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="memory"):
         list(encode_shards(stream(videos), Breaks(), tmp_path / "out"))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dataset.json"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"dataset.json", "encode.json"}
 
 
 def test_what_does_not_fit_is_refused(videos: Path, tmp_path: Path) -> None:
@@ -202,7 +260,7 @@ def test_a_hanging_worker_is_noticed_while_encoding(videos: Path, tmp_path: Path
     monkeypatch.setattr(encoding, "decode_clip", lambda *arguments, **options: time.sleep(30))
     with pytest.raises(TimeoutError, match="no sample came from 1 workers for 1 s"):
         list(encode_shards(stream(videos), Autoencoder(), tmp_path / "out", num_workers=1, timeout=1))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dataset.json"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"dataset.json", "encode.json"}
 
 
 @pytest.mark.parametrize(("short", "frames"), [("skip", 8), ("slow", 16), ("loop", 16)])
