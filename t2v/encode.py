@@ -49,6 +49,7 @@ def encode(cfg: DictConfig) -> None:
         autoencoder = autoencoder.to(dtype=getattr(torch, cfg.dtype))
     began, frames, clips, new = time.monotonic(), 0, 0, 0
     skipped: Counter[str] = Counter()
+    lost: list[str] = []
     for shard in encode_shards(
         stream,
         autoencoder,
@@ -65,6 +66,10 @@ def encode(cfg: DictConfig) -> None:
             print(f"[{shard.done}/{shard.of}] {shard.shard} was there", flush=True)
             began = time.monotonic() if new == 0 else began
             continue
+        if shard.lost:
+            lost.append(shard.lost)
+            print(f"[{shard.done}/{shard.of}] {shard.shard} is not written: {shard.lost}", flush=True)
+            continue
         new, clips, frames = new + 1, clips + shard.clips, frames + shard.frames
         skipped += shard.skipped
         left = seconds / new * (shard.of - shard.done)
@@ -75,6 +80,11 @@ def encode(cfg: DictConfig) -> None:
             flush=True,
         )
     print(f"{output}: {clips} clips, {frames} frames in {new} new shards" + (f", skipped {dict(skipped)}" if skipped else ""))
+    if lost:  # an OSError: every rank says its own
+        raise OSError(
+            f"{len(lost)} of {shard.of} shards could not be read to their end and are not written, such as {lost[0]}. "
+            "The same command tries them again; those that are damaged where they lie must be mended or left out"
+        )
     print(f"next: python -m t2v.train experiment=... data=webvid_latents data.video.urls={output}")
 
 

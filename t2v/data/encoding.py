@@ -48,6 +48,7 @@ class Decoded:
     frames: Tensor | None = None  # uint8 (f h w c)
     reason: str = ""
     detail: str = ""
+    lost: bool = False  # the shard was not read to its end, and perhaps could be another time
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Encoded:
     frames: int
     skipped: Counter[str]
     was_there: bool
+    lost: str = ""  # why it was not written: the shard of videos could not be read to its end
 
 
 @dataclass(frozen=True)
@@ -148,18 +150,19 @@ class WholeClips(IterableDataset):
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         host = Host(QualityLimits())
-        shard = host.indexed(self.url)
-        if shard is None:
-            samples = (sample for k, sample in enumerate(host.streamed(self.url)) if k % workers == worker)
-        else:
-            samples = (shard.read(k) for k in range(worker, len(shard), workers))
+        damage: ShardError | None = None
         try:
+            shard = host.indexed(self.url)
+            if shard is None:
+                samples = (sample for k, sample in enumerate(host.streamed(self.url)) if k % workers == worker)
+            else:
+                samples, damage = (shard.read(k) for k in range(worker, len(shard), workers)), shard.error
             for sample in samples:
                 yield self._decode(sample)
         except ShardError as error:
-            yield Decoded(self.url, reason="shard_error", detail=str(error))
-        if shard is not None and shard.error is not None and worker == 0:
-            yield Decoded(self.url, reason="shard_error", detail=str(shard.error))
+            yield Decoded(self.url, reason="shard_error", detail=str(error), lost=True)
+        if damage is not None and worker == 0:
+            yield Decoded(self.url, reason="shard_error", detail=str(damage))
 
     def _decode(self, sample: RawSample) -> Decoded:
         try:
@@ -189,7 +192,9 @@ def encode_shards(
     timeout: float = 300,
 ) -> Iterator[Encoded]:
     """Encode every rank-th shard of a webvid stream into `output`; what is already there is left alone. Yields after each shard.
-    With `text_encoder` the captions' embeddings are stored beside the moments.
+    With `text_encoder` the captions' embeddings are stored beside the moments. A shard that could not be read to its end (a connection
+    broke), or not at all, is not written, so that the same command does it again; of one that is damaged on a disk, what lies before the
+    damage is.
 
     Raises ValueError where `output` holds other latents, or those of other shards, DataQualityError where too much is bad, TimeoutError
     where no worker answers for `timeout` seconds.
@@ -209,9 +214,10 @@ def encode_shards(
     for done, job in enumerate(mine, start=1):
         source, url, path = job.source, job.url, job.output
         if path.exists():
+            guard.shard(source.name, url, None)
             yield Encoded(path, done, len(mine), 0, 0, Counter(), True)
             continue
-        frames = 0
+        frames, lost = 0, ""
         dataset = WholeClips(source, url, recipe, max_frames, stream.seed)
         clips = DataLoader(
             dataset,
@@ -228,6 +234,10 @@ def encode_shards(
                     shard.skip(clip.reason)
                     if clip.reason == "shard_error":
                         guard.shard(source.name, url, ShardError(clip.detail))
+                        if clip.lost:
+                            lost = clip.detail if url in clip.detail else f"{url}: {clip.detail}"
+                            shard.give_up()
+                            break
                     else:
                         guard.bad(source.name, clip.key, BadSample(clip.reason, clip.detail))
                     continue
@@ -245,4 +255,9 @@ def encode_shards(
                 key = clip.key.replace("/", "_").replace(".", "_")
                 shard.add(key, members | {"txt": clip.caption.encode(), "json": json.dumps(fields).encode()})
                 frames += len(clip.frames)
-        yield Encoded(path, done, len(mine), shard.count, frames, shard.skipped, False)
+        if not shard.skipped["shard_error"]:
+            guard.shard(source.name, url, None)
+        if lost:
+            yield Encoded(path, done, len(mine), 0, 0, shard.skipped, False, lost)
+        else:
+            yield Encoded(path, done, len(mine), shard.count, frames, shard.skipped, False)

@@ -21,6 +21,7 @@ class ShardWriter:
         self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self.skipped: Counter[str] = Counter()
         self.count = self.size = 0  # samples, bytes
+        self.given_up = False
         self.begin = time.time()
 
     def __enter__(self) -> ShardWriter:
@@ -43,17 +44,22 @@ class ShardWriter:
         """Count a sample that does not get in."""
         self.skipped[reason] += 1
 
+    def give_up(self) -> None:
+        """Leave nothing behind, as on an error."""
+        self.given_up = True
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        whole = kind is None and not self.given_up
         try:
-            if kind is None:
+            if whole:
                 self.tar.close()
                 self.file.flush()
                 os.fsync(self.file.fileno())
         finally:
             self.file.close()
-            if kind is not None:
+            if not whole:
                 self.partial.unlink(missing_ok=True)
-        if kind is None:
+        if whole:
             write_json(self.path.with_name(f"{self.path.stem}_stats.json"), self.stats())
             self.partial.replace(self.path)
 

@@ -10,17 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from made_shards import video_bytes, video_sample, write_images, write_tar
 
+from t2v.configuration import config_dir
 from t2v.data import encoding
 from t2v.data.arrays import pack, pack_moments, read_moments
 from t2v.data.encoding import encode_shards
-from t2v.data.errors import BadSample
+from t2v.data.errors import BadSample, DataQualityError
 from t2v.data.folder import read_table
 from t2v.data.latents import LatentCard, webvid_latents
 from t2v.data.loader import ClipLoader
 from t2v.data.shards import LocalTar
 from t2v.data.webvid import webvid
+from t2v.encode import encode
 from t2v.video import decode_clip
 
 
@@ -163,6 +166,49 @@ def test_a_table_that_changed_is_refused(tmp_path: Path) -> None:
     table.write_text("file,caption\na.mp4,video 1\na.mp4,video 2\n")  # its rows are divided in another way now
     with pytest.raises(ValueError, match=rf"{table} was 27 bytes .* and is 41 bytes"):
         list(encode_shards(stream(table), Autoencoder(), tmp_path / "out"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_whose_connection_broke_is_encoded_again(
+    videos: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The store is a folder, so that workers see it, too."""
+    whole = (videos / "00002.tar").read_bytes()
+    (videos / "00002.tar").write_bytes(whole[: len(whole) // 2])
+    overrides = ["data=webvid", f"paths.webvid=file://{videos}", "data.video.size=16", "autoencoder=shapes", "max_frames=1"]
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("encode", overrides=[*overrides, f"output={tmp_path}/out", f"num_workers={workers}"])
+    with pytest.raises(OSError, match=r"1 of 3 shards could not be read to their end.*00002.tar: unexpected end of data.*tries them again"):
+        encode(cfg)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == ["00000.tar", "00001.tar"]
+    assert not list((tmp_path / "out").glob(".*"))
+    assert "00002.tar is not written" in capsys.readouterr().out
+    (videos / "00002.tar").write_bytes(whole)
+    encode(cfg)
+    assert "4 clips, 4 frames in 1 new shards" in capsys.readouterr().out
+    assert len(keys(tmp_path / "out")) == 11
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_shard_does_not_end_the_encoding(videos: Path, tmp_path: Path, workers: int) -> None:
+    (videos / "00001.tar").write_bytes(b"")
+    shards = list(encode_shards(stream(videos), Autoencoder(), tmp_path / "out", num_workers=workers))
+    assert [(shard.clips, dict(shard.skipped), "00001.tar" in shard.lost) for shard in shards] == [
+        (4, {}, False),
+        (0, {"shard_error": 1}, True),
+        (4, {}, False),
+    ]
+    write_tar(videos / "00001.tar", [video_sample(4)])
+    assert [shard.clips for shard in encode_shards(stream(videos), Autoencoder(), tmp_path / "out")] == [0, 1, 0]
+
+
+def test_too_many_unreadable_shards_end_the_encoding(tmp_path: Path) -> None:
+    for number in range(30):
+        path = write_tar(tmp_path / f"videos/{number:05d}.tar", [])
+        if number in (21, 23):
+            path.write_bytes(b"")
+    with pytest.raises(DataQualityError, match=r"2 of 24 shards are unreadable \(limit max_unreadable_shards=0.05\)"):
+        list(encode_shards(stream(tmp_path / "videos"), Autoencoder(), tmp_path / "out"))
 
 
 def test_an_error_leaves_no_half_shard(videos: Path, tmp_path: Path) -> None:
