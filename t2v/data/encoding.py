@@ -6,6 +6,7 @@ An output has the name of the shard that it was made of. encode.json beside them
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -252,8 +253,7 @@ def encode_shards(
                     "frames": len(clip.frames),
                     "fps": recipe.fps,
                 }
-                key = clip.key.replace("/", "_").replace(".", "_")
-                shard.add(key, members | {"txt": clip.caption.encode(), "json": json.dumps(fields).encode()})
+                shard.add(_unused(clip.key, shard.keys), members | {"txt": clip.caption.encode(), "json": json.dumps(fields).encode()})
                 frames += len(clip.frames)
         if not shard.skipped["shard_error"]:
             guard.shard(source.name, url, None)
@@ -261,3 +261,9 @@ def encode_shards(
             yield Encoded(path, done, len(mine), 0, 0, shard.skipped, False, lost)
         else:
             yield Encoded(path, done, len(mine), shard.count, frames, shard.skipped, False)
+
+
+def _unused(key: str, used: set[str]) -> str:
+    """A key as readers take it, with a number where it is taken: a table may have several captions of one file, a/b.c and a_b_c are one."""
+    plain = key.replace("/", "_").replace(".", "_")
+    return next(name for count in itertools.count(1) if (name := plain if count == 1 else f"{plain}_{count}") not in used)

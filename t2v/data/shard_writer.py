@@ -21,6 +21,7 @@ class ShardWriter:
         self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self.skipped: Counter[str] = Counter()
         self.count = self.size = 0  # samples, bytes
+        self.keys: set[str] = set()
         self.given_up = False
         self.begin = time.time()
 
@@ -33,6 +34,9 @@ class ShardWriter:
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         if "." in key.rsplit("/", 1)[-1]:
             raise ValueError(f"the key {key!r} holds a dot: readers end keys at the first one")
+        if key in self.keys:
+            raise ValueError(f"{self.path}: the key {key!r} was there before: readers take samples of one key for one")
+        self.keys.add(key)
         for suffix, data in members.items():
             info = tarfile.TarInfo(f"{key}.{suffix}")
             info.size = len(data)

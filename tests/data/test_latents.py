@@ -155,6 +155,18 @@ def test_outputs_of_other_data_are_refused(videos: Path, tmp_path: Path) -> None
     assert [path.name for path in other.parent.iterdir()] == ["00002.tar"]
 
 
+def test_all_captions_of_one_file_are_encoded(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name in ("a/b.mp4", "a_b.mp4"):
+        (tmp_path / name).write_bytes(video_bytes())
+    rows = ["a/b.mp4", "a/b.mp4", "a_b.mp4", "a/b.mp4"]
+    (tmp_path / "captions.csv").write_text("file,caption\n" + "".join(f"{name},video {k}\n" for k, name in enumerate(rows)))
+    (shard,) = encode_shards(stream(tmp_path / "captions.csv"), Autoencoder(), tmp_path / "out")
+    tar = LocalTar(str(shard.shard))
+    found = [(tar.read(k).key, tar.read(k).members["txt"].decode(), tar.read(k).fields["key"]) for k in range(len(tar))]
+    assert found == [("a_b", "video 0", "a/b"), ("a_b_2", "video 1", "a/b"), ("a_b_3", "video 2", "a_b"), ("a_b_4", "video 3", "a/b")]
+
+
 def test_a_table_that_changed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(video_bytes())
     table = tmp_path / "captions.csv"

@@ -11,6 +11,7 @@ from made_shards import image_sample, write_images, write_tar
 
 from t2v.data.errors import ShardError
 from t2v.data.raw import RawSample
+from t2v.data.shard_writer import ShardWriter
 from t2v.data.shards import LocalTar, ShardCache, stream_tar
 
 
@@ -121,6 +122,15 @@ def test_members_of_a_sample_must_be_adjacent(tmp_path: Path) -> None:
             tar.addfile(tarfile.TarInfo(name))
     samples, _ = both(tmp_path / "a.tar")
     assert [(sample.key, list(sample.members)) for sample in samples] == [("e", ["mp4"]), ("f", ["mp4"]), ("e", ["txt"])]
+
+
+def test_no_two_samples_of_one_key_are_written(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "a.tar") as shard:
+        shard.add("1", {"txt": b"one"})
+        shard.add("2", {"txt": b"two"})
+        with pytest.raises(ValueError, match=r"a.tar: the key '1' was there before"):
+            shard.add("1", {"txt": b"three"})
+    assert [sample.key for sample in both(tmp_path / "a.tar")[0]] == ["1", "2"]
 
 
 def test_the_cache_keeps_the_latest(tmp_path: Path) -> None:
