@@ -30,7 +30,7 @@ from t2v.data.raw import RawSample
 from t2v.data.readers import ClipStream, Host
 from t2v.data.shard_writer import ShardWriter, write_json
 from t2v.data.sources import Source
-from t2v.data.workers import hanging_is_an_error
+from t2v.data.workers import end_daemons_at_exit, hanging_is_an_error
 from t2v.video import decode_clip
 
 NOTE = "encode.json"
@@ -212,6 +212,8 @@ def encode_shards(
         write_empty_text(output, text_encoder)
     mine = jobs[rank::world]
     guard = QualityGuard(replace(stream.limits))
+    if num_workers:
+        end_daemons_at_exit()
     for done, job in enumerate(mine, start=1):
         source, url, path = job.source, job.url, job.output
         if path.exists():

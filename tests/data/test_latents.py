@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -319,6 +321,28 @@ def test_a_hanging_worker_is_noticed_while_encoding(videos: Path, tmp_path: Path
     with pytest.raises(TimeoutError, match="no sample came from 1 workers for 1 s"):
         list(encode_shards(stream(videos), Autoencoder(), tmp_path / "out", num_workers=1, timeout=1))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"dataset.json", "encode.json"}
+
+
+STUCK = """
+import signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_latents import Autoencoder, encode_shards, encoding, stream
+
+def stuck(*arguments, **options):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # as code that never comes back to Python
+    time.sleep(60)
+
+encoding.decode_clip = stuck
+list(encode_shards(stream(Path(sys.argv[2])), Autoencoder(), Path(sys.argv[3]), num_workers=1, timeout=1))
+"""
+
+
+def test_encoding_ends_although_a_decoder_is_stuck(videos: Path, tmp_path: Path) -> None:
+    arguments = [str(Path(__file__).parent), str(videos), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", STUCK, *arguments], capture_output=True, text=True, timeout=45)
+    assert done.returncode == 1
+    assert "TimeoutError: webvid: no sample came from 1 workers for 1 s" in done.stderr
 
 
 @pytest.mark.parametrize(("short", "frames"), [("skip", 8), ("slow", 16), ("loop", 16)])
