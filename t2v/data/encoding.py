@@ -172,7 +172,12 @@ class WholeClips(IterableDataset):
             decode = partial(
                 decode_clip, data, fps=r.fps, size=r.size, min_distinct=r.min_distinct, max_pixels=r.max_pixels, backend=r.backend
             )
-            frames, _ = decode(num_frames=None)
+            try:
+                frames, _ = decode(num_frames=self.max_frames)  # no more are decoded, and held, than are kept
+            except BadSample as error:
+                if error.reason != "video_too_short":
+                    raise
+                frames, _ = decode(num_frames=None)
             if len(frames) < r.num_frames and r.short != "skip":  # looped or slowed now, as training on the video would
                 frames, _ = decode(num_frames=r.num_frames, short=r.short)
         except BadSample as error:

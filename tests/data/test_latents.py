@@ -323,6 +323,21 @@ def test_a_hanging_worker_is_noticed_while_encoding(videos: Path, tmp_path: Path
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"dataset.json", "encode.json"}
 
 
+@pytest.mark.parametrize("max_frames", [5, 24, 25])
+def test_no_more_frames_are_decoded_than_are_kept(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_frames: int) -> None:
+    decoded = []
+
+    def watched(*arguments, **options):
+        frames, start = decode_clip(*arguments, **options)
+        decoded.append(len(frames))
+        return frames, start
+
+    monkeypatch.setattr(encoding, "decode_clip", watched)
+    (shard,) = encode_shards(stream(videos / "00000.tar"), Autoencoder(), tmp_path / "out", max_frames=max_frames)
+    assert decoded == [min(max_frames, 24)] * 4  # 8 s at 3 fps
+    assert shard.frames == 4 * min(max_frames, 24)
+
+
 STUCK = """
 import signal, sys, time
 from pathlib import Path
