@@ -65,10 +65,11 @@ def find(source: Path, captions: Path | None = None) -> list[Entry]:
     for name in files:
         for short in {name.rpartition("/")[2], name.rpartition("/")[2].rpartition(".")[0]}:
             by_short_name.setdefault(short, []).append(name)
-    entries, absent = [], []
+    entries, absent, top = [], [], os.path.abspath(source)
     for row in rows:
         wanted = str(row[column])
-        names = [wanted] if wanted in files else by_short_name.get(wanted.rpartition("/")[2], [])
+        near = by_short_name.get(wanted.rpartition("/")[2], [])
+        names = [wanted] if wanted in files else [name for name in near if _ends(f"{top}/{name}", wanted)]
         if len(names) > 1:
             raise ValueError(f"{captions}: {wanted!r} may be {names[0]} or {names[1]}: give paths relative to {source}")
         if names:
@@ -76,10 +77,19 @@ def find(source: Path, captions: Path | None = None) -> list[Entry]:
         else:
             absent.append(wanted)
     if not entries:
-        raise ValueError(f"none of the {len(rows)} files that {captions} names (e.g. {rows[0][column] if rows else ''}) is in {source}")
+        raise ValueError(
+            f"none of the {len(rows)} files that {captions} names (e.g. {rows[0][column] if rows else ''}) is in {source}: "
+            "give paths relative to it"
+        )
     if absent:  # of a large table often only some archives are there
         LOG.warning("%d of the %d files that %s names are not in %s, such as %s", len(absent), len(rows), captions, source, absent[0])
     return entries
+
+
+def _ends(path: str, wanted: str) -> bool:
+    """Whether a table may mean a file by its last folders, with or without its suffix. A file of another folder is never meant."""
+    end = "/" + wanted.removeprefix("./").lstrip("/")
+    return path.endswith(end) or path.rpartition(".")[0].endswith(end)
 
 
 def _files(source: Path) -> dict[str, Path | tuple[Path, str] | tuple[Path, int]]:

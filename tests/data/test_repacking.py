@@ -107,12 +107,21 @@ def test_what_cannot_be_found_is_said(clips: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="5 media files, but no captions"):
         find(clips)
     (clips / "1.mp4").write_bytes(video_bytes())
-    with pytest.raises(ValueError, match=r"'x/1.mp4' may be 1.mp4 or deep/1.mp4"):
-        find(clips, _table(clips, "x/1.mp4"))
-    with pytest.raises(ValueError, match="none of the 1 files"):
-        find(clips, _table(clips, "other.mp4"))
+    with pytest.raises(ValueError, match=r"'1' may be 1.mp4 or deep/1.mp4"):
+        find(clips, _table(clips, "1"))
+    for absent in ("other.mp4", "x/1.mp4", "deep/x/1.mp4", "eep/2.mp4"):
+        with pytest.raises(ValueError, match=r"none of the 1 files .*: give paths relative to it"):
+            find(clips, _table(clips, absent))
     with pytest.raises(ValueError, match="recode=true"):
         list(repack([], tmp_path / "out", segment=3))
+
+
+def test_a_table_may_name_fewer_folders_or_more_than_those_of_the_source(clips: Path) -> None:
+    (clips / "1.mp4").write_bytes(video_bytes())
+    for name in ("deep/1.mp4", "deep/1", "./deep/1.mp4", "clips/deep/1.mp4", str(clips / "deep/1.mp4")):
+        assert [entry.name for entry in find(clips, _table(clips, name))] == ["deep/1.mp4"], name
+    assert [entry.name for entry in find(clips, _table(clips, "1.mp4"))] == ["1.mp4"]
+    assert [entry.name for entry in find(clips, _table(clips, "2"))] == ["deep/2.mp4"]
 
 
 def _table(folder: Path, name: str) -> Path:
