@@ -93,7 +93,8 @@ def _ends(path: str, wanted: str) -> bool:
 
 
 def _files(source: Path) -> dict[str, Path | tuple[Path, str] | tuple[Path, int]]:
-    """Media files by their path below `source`, those in zips included."""
+    """Media files by their path below `source`; those in zips as if each had been unpacked into a folder of its name beside it.
+    Raises ValueError where a name is that of two files."""
     found: dict[str, Path | tuple[Path, str] | tuple[Path, int]] = {}
     for path in sorted(source.rglob("*")):
         if path.suffix[1:].lower() in MEDIA:
@@ -103,7 +104,11 @@ def _files(source: Path) -> dict[str, Path | tuple[Path, str] | tuple[Path, int]
                 names = _zip(str(path), os.getpid()).namelist()
             except (zipfile.BadZipFile, OSError) as error:
                 raise ValueError(f"{path}: not a readable zip: {error}") from error
-            found |= {name: (path, name) for name in sorted(names) if name.rpartition(".")[2].lower() in MEDIA}
+            folder = path.relative_to(source).with_suffix("").as_posix()
+            packed = {f"{folder}/{name}": (path, name) for name in sorted(names) if name.rpartition(".")[2].lower() in MEDIA}
+            if twice := packed.keys() & found.keys():
+                raise ValueError(f"{source} holds {min(twice)} twice, in {path} and beside it: move one of them away")
+            found |= packed
     return found
 
 

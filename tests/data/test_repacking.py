@@ -72,6 +72,23 @@ def test_zips_and_json_captions(tmp_path: Path) -> None:
         find(source, tmp_path / "captions.json")
 
 
+def test_members_of_one_name_in_two_zips(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for part in (1, 2):
+        with zipfile.ZipFile(source / f"part_{part}.zip", "w") as file:
+            file.writestr("a/x.png", image_bytes(part))
+    with pytest.raises(ValueError, match=r"'a/x.png' may be part_1/a/x.png or part_2/a/x.png: give paths relative to"):
+        find(source, _table(source, "a/x.png"))
+    (source / "both.csv").write_text("file,caption\npart_2/a/x.png,two\npart_1/a/x,one\n")
+    read = [entry.read() for entry in find(source, source / "both.csv")]
+    assert [(sample.members["png"], sample.members["txt"]) for sample in read] == [(image_bytes(2), b"two"), (image_bytes(1), b"one")]
+    (source / "part_1/a").mkdir(parents=True)
+    (source / "part_1/a/x.png").write_bytes(image_bytes(1))
+    with pytest.raises(ValueError, match=r"holds part_1/a/x.png twice, in .*part_1.zip and beside it: move one of them away"):
+        find(source, source / "both.csv")
+
+
 def test_several_workers_read_one_zip(tmp_path: Path) -> None:
     source, count = tmp_path / "source", 300
     source.mkdir()
