@@ -24,7 +24,8 @@ MEDIA = (*VIDEOS, *IMAGES)
 
 @dataclass(frozen=True)
 class Entry:
-    """One file: `place` is a path, a member of a zip (zip, member), or a sample of a tar (tar, number)."""
+    """One file: `place` is a path, a member of a zip (zip, member), or a sample of a tar (tar, number). Behind the last sample of a damaged
+    tar stands an entry that says so when it is read."""
 
     name: str
     place: Path | tuple[Path, str] | tuple[Path, int]
@@ -35,7 +36,12 @@ class Entry:
         if isinstance(self.place, Path):
             data = self.place.read_bytes()
         elif isinstance(self.place[1], int):
-            return _tar(str(self.place[0])).read(self.place[1])
+            tar = _tar(str(self.place[0]))
+            if isinstance(tar, ShardError):
+                raise BadSample("shard_error", str(tar))
+            if self.place[1] == len(tar) and tar.error is not None:
+                raise BadSample("shard_error", str(tar.error))
+            return tar.read(self.place[1])
         else:
             try:
                 data = _zip(str(self.place[0]), os.getpid()).read(self.place[1])
@@ -51,7 +57,7 @@ def find(source: Path, captions: Path | None = None) -> list[Entry]:
         raise ValueError(f"source={source} is not a folder")
     tars = sorted(source.glob("*.tar"))
     if tars and captions is None:
-        return [Entry(f"{tar.name}#{k}", (tar, k), {}) for tar in tars for k in range(len(_tar(str(tar))))]
+        return [entry for tar in tars for entry in _samples(tar)]
     files = _files(source)
     if captions is None:
         entries = [Entry(name, place, fields) for name, place in files.items() if (fields := _beside(place))]
@@ -84,6 +90,12 @@ def find(source: Path, captions: Path | None = None) -> list[Entry]:
     if absent:  # of a large table often only some archives are there
         LOG.warning("%d of the %d files that %s names are not in %s, such as %s", len(absent), len(rows), captions, source, absent[0])
     return entries
+
+
+def _samples(path: Path) -> list[Entry]:
+    tar = _tar(str(path))
+    count = 1 if isinstance(tar, ShardError) else len(tar) + (tar.error is not None)
+    return [Entry(f"{path.name}#{k}", (path, k), {}) for k in range(count)]
 
 
 def _ends(path: str, wanted: str) -> bool:
@@ -135,8 +147,9 @@ def _zip(path: str, process: int) -> zipfile.ZipFile:
 
 
 @lru_cache(maxsize=16)
-def _tar(path: str) -> LocalTar:
+def _tar(path: str) -> LocalTar | ShardError:
+    """The tar, or why it cannot be read at all."""
     try:
         return LocalTar(path)
     except ShardError as error:
-        raise ValueError(str(error)) from error
+        return error

@@ -89,6 +89,21 @@ def test_members_of_one_name_in_two_zips(tmp_path: Path) -> None:
         find(source, source / "both.csv")
 
 
+def test_damaged_tars_are_counted(tmp_path: Path) -> None:
+    for number in range(3):
+        path = write_tar(tmp_path / f"in/{number:05d}.tar", [video_sample(number * 4 + k) for k in range(4)])
+        if number == 1:
+            data = path.read_bytes()
+            path.write_bytes(data[: len(data) // 2])
+    (shard,) = repack(find(tmp_path / "in"), tmp_path / "out")
+    assert (shard.samples, dict(shard.skipped)) == (9, {"shard_error": 1})
+    assert "00001.tar: unexpected end of data" in shard.examples[0]
+    (tmp_path / "in/00003.tar").write_bytes(b"")
+    (shard,) = repack(find(tmp_path / "in"), tmp_path / "again")
+    assert (shard.samples, dict(shard.skipped)) == (9, {"shard_error": 2})
+    assert "00003.tar: unexpected end of data at byte 0" in shard.examples[1]
+
+
 def test_several_workers_read_one_zip(tmp_path: Path) -> None:
     source, count = tmp_path / "source", 300
     source.mkdir()
