@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import lzma
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +22,9 @@ from t2v.data.webvid import VIDEOS
 
 LOG = logging.getLogger(__name__)
 MEDIA = (*VIDEOS, *IMAGES)
+BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
+"""What zipfile raises on damaged members, on encrypted ones (RuntimeError) and on those packed in ways that it does not know
+(NotImplementedError, which is one)."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Entry:
         else:
             try:
                 data = _zip(str(self.place[0]), os.getpid()).read(self.place[1])
-            except zipfile.BadZipFile as error:
+            except BROKEN_ZIP as error:
                 raise BadSample("zip_damaged", str(error)) from error
         suffix = self.name.rpartition(".")[2].lower()
         return RawSample(self.name, {suffix: data, "txt": caption_of(self.fields).encode(), "json": json.dumps(self.fields).encode()})
@@ -114,7 +119,7 @@ def _files(source: Path) -> dict[str, Path | tuple[Path, str] | tuple[Path, int]
         elif path.suffix.lower() == ".zip":
             try:
                 names = _zip(str(path), os.getpid()).namelist()
-            except (zipfile.BadZipFile, OSError) as error:
+            except (*BROKEN_ZIP, OSError) as error:
                 raise ValueError(f"{path}: not a readable zip: {error}") from error
             folder = path.relative_to(source).with_suffix("").as_posix()
             packed = {f"{folder}/{name}": (path, name) for name in sorted(names) if name.rpartition(".")[2].lower() in MEDIA}

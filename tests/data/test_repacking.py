@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -102,6 +103,28 @@ def test_damaged_tars_are_counted(tmp_path: Path) -> None:
     (shard,) = repack(find(tmp_path / "in"), tmp_path / "again")
     assert (shard.samples, dict(shard.skipped)) == (9, {"shard_error": 2})
     assert "00003.tar: unexpected end of data at byte 0" in shard.examples[1]
+
+
+def test_members_that_cannot_be_unpacked_are_counted(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    with zipfile.ZipFile(source / "all.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for name in ("damaged", "encrypted", "unknown", "good"):
+            file.writestr(f"{name}.png", image_bytes(7))
+        offsets = [info.header_offset for info in file.infolist()]
+    data = bytearray((source / "all.zip").read_bytes())
+    central = [match.start() for match in re.finditer(b"PK\x01\x02", data)]
+    data[offsets[0] + 30 + len("damaged.png")] = 0xFF  # no type of a deflated block
+    data[offsets[1] + 6] |= 1  # flags, method: in front of the member and in the list at the end
+    data[central[1] + 8] |= 1
+    data[offsets[2] + 8] = data[central[2] + 10] = 97
+    (source / "all.zip").write_bytes(data)
+    (source / "captions.csv").write_text(
+        "file,caption\n" + "".join(f"{name}.png,c\n" for name in ("damaged", "encrypted", "unknown", "good"))
+    )
+    (shard,) = repack(find(source, source / "captions.csv"), tmp_path / "out")
+    assert (shard.samples, dict(shard.skipped)) == (1, {"zip_damaged": 3})
+    assert ["encrypted" in shard.examples[1], "not supported" in shard.examples[2]] == [True, True]
 
 
 def test_several_workers_read_one_zip(tmp_path: Path) -> None:
