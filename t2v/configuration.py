@@ -101,6 +101,13 @@ def _in_slurm(name: str, otherwise: int | str) -> int | str:
     return otherwise if allocation is None else getattr(allocation, name)
 
 
+def _in_step(name: str, otherwise: int) -> int:
+    """SLURM's number for this process where srun started it."""
+    from t2v.training.slurm import in_step
+
+    return in_step(name, otherwise)
+
+
 def _number_of_tasks(devices: int | str) -> int:
     if not isinstance(devices, int):
         raise ValueError(
@@ -110,6 +117,7 @@ def _number_of_tasks(devices: int | str) -> int:
 
 
 OmegaConf.register_new_resolver("in_slurm", _in_slurm, replace=True)
+OmegaConf.register_new_resolver("in_step", _in_step, replace=True)
 OmegaConf.register_new_resolver("tasks", _number_of_tasks, replace=True)
 OmegaConf.register_new_resolver("run_name", _run_name_of_this_job, replace=True)
 OmegaConf.register_new_resolver("precision", _precision_of_this_machine, replace=True, use_cache=True)

@@ -35,7 +35,7 @@ def encode(cfg: DictConfig) -> None:
     import torch
 
     from t2v.checkpoint import require_writable
-    from t2v.data.encoding import encode_shards
+    from t2v.data.encoding import encode_shards, jobs_of
     from t2v.pipeline import usable_device
 
     here = f"cuda:{cfg.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
@@ -80,12 +80,16 @@ def encode(cfg: DictConfig) -> None:
             flush=True,
         )
     print(f"{output}: {clips} clips, {frames} frames in {new} new shards" + (f", skipped {dict(skipped)}" if skipped else ""))
+    jobs = jobs_of(stream, output)
+    there = sum(job.output.exists() for job in jobs)
+    print(f"rank {cfg.rank} of {cfg.world}: {there} of {len(jobs)} shards are there")
     if lost:  # an OSError: every rank says its own
         raise OSError(
             f"{len(lost)} of {shard.of} shards could not be read to their end and are not written, such as {lost[0]}. "
             "The same command tries them again; those that are damaged where they lie must be mended or left out"
         )
-    print(f"next: python -m t2v.train experiment=... data=webvid_latents data.video.urls={output}")
+    if there == len(jobs):
+        print(f"next: python -m t2v.train experiment=... data=webvid_latents data.video.urls={output}")
 
 
 def duration(seconds: float) -> str:

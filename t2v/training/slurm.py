@@ -16,10 +16,18 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+FIRST_OF_NO_SRUN = 0xFFFFFFF0  # slurm.h: the last step ids are those of batch scripts, shells of salloc and the like
+
 
 def first_process() -> bool:
     """Of all ranks, before they are connected: SLURM numbers its tasks; Lightning and torchrun number the processes they start."""
     return all(int(os.environ.get(name, "0")) == 0 for name in ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK"))
+
+
+def in_step(name: str, otherwise: int, environment: Mapping[str, str] = os.environ) -> int:
+    """A number of SLURM's for a task that srun started. Batch scripts and shells of salloc run once, but have those of all tasks."""
+    step = int(environment.get("SLURM_STEP_ID", FIRST_OF_NO_SRUN))
+    return int(environment.get(name, otherwise)) if step < FIRST_OF_NO_SRUN else otherwise
 
 
 @dataclass(frozen=True)

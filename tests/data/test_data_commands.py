@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from made_shards import video_bytes, video_sample, write_tar
 
 from t2v.configuration import config_dir
+from t2v.encode import encode
 from t2v.repack import repack
 
 
@@ -81,6 +82,42 @@ def test_encode_continues(tmp_path: Path) -> None:
     assert (code, "holds other latents" in text) == (1, True), text
     code, text = run(tmp_path, "t2v.inspect", "data=webvid_latents", "data.video.urls=latents", "data.video.size=32")
     assert (code, "6 usable (100.0%)" in text) == (0, True), text
+
+
+STEP = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "ranks"),
+    [
+        ({}, (0, 1, 0)),
+        (STEP, (3, 4, 1)),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (0, 1, 0)),  # a batch script
+        (STEP | {"SLURM_STEP_ID": str(0xFFFFFFFA)}, (0, 1, 0)),  # a shell of salloc
+        ({"SLURM_NTASKS": "4", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}, (5, 8, 2)),
+    ],
+)
+def test_who_encodes_what(environment: dict[str, str], ranks: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*STEP, "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("encode", overrides=["data=webvid", "output=out"])
+    assert (cfg.rank, cfg.world, cfg.local_rank) == ranks
+
+
+def test_encode_is_finished_when_all_ranks_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for shard in range(3):
+        write_tar(tmp_path / f"videos/{shard:05d}.tar", [video_sample(shard)])
+    options = ["data=webvid", f"paths.webvid={tmp_path}/videos", "data.video.size=16", "autoencoder=shapes", f"output={tmp_path}/out"]
+    said = []
+    for rank in range(2):
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            encode(compose("encode", overrides=[*options, "num_workers=0", "world=2", f"rank={rank}"]))
+        said.append(capsys.readouterr().out)
+    assert ["rank 0 of 2: 2 of 3 shards are there" in said[0], "next:" in said[0]] == [True, False]
+    assert ["rank 1 of 2: 3 of 3 shards are there" in said[1], "next: python -m t2v.train" in said[1]] == [True, True]
 
 
 @pytest.mark.parametrize("option", ["size=64", "fps=6", "gop=3", "crf=30", "segment=2"])
