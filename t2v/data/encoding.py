@@ -28,7 +28,7 @@ from t2v.data.latents import MEMBER, TEXT, HashedAutoencoder, HashedTextEncoder,
 from t2v.data.loader import as_it_is, start_worker
 from t2v.data.raw import RawSample
 from t2v.data.readers import ClipStream, Host
-from t2v.data.shard_writer import ShardWriter, write_json
+from t2v.data.shard_writer import ShardWriter, clear_partials, write_json
 from t2v.data.sources import Source
 from t2v.data.workers import end_daemons_at_exit, hanging_is_an_error
 from t2v.video import decode_clip
@@ -213,6 +213,7 @@ def encode_shards(
     card = LatentCard(autoencoder.sha256(), autoencoder.factor, autoencoder.channels, recipe.size, float(recipe.fps), text_sha256)
     card.write(output)
     keep_note(output, stream, jobs)
+    clear_partials(output)
     if text_encoder is not None:
         write_empty_text(output, text_encoder)
     mine = jobs[rank::world]

@@ -21,7 +21,7 @@ from t2v.data.entries import MEDIA, Entry
 from t2v.data.errors import BadSample, ShardError
 from t2v.data.frames import decode_image
 from t2v.data.laion import IMAGES
-from t2v.data.shard_writer import ShardWriter, write_json
+from t2v.data.shard_writer import ShardWriter, clear_partials, write_json
 from t2v.data.sources import clean
 from t2v.video import decode_clip, probe, write_mp4
 
@@ -68,6 +68,7 @@ def repack(
     if segment is not None and recode is None:
         raise ValueError("segment= cuts videos, which needs recode=true")
     keep_note(output, entries, per_shard, recode, segment)
+    clear_partials(output)
     shards = [entries[begin : begin + per_shard] for begin in range(0, len(entries), per_shard)]
     with ProcessPoolExecutor(workers) as pool:
         for number, chosen in enumerate(shards):
@@ -95,10 +96,12 @@ def keep_note(output: Path, entries: list[Entry], per_shard: int, recode: Recode
     note = {"files": files, "per_shard": per_shard, "recode": recode and asdict(recode), "segment": segment}
     path = output / NOTE
     if path.exists() and any(output.glob("*.tar")):
-        there = json.loads(path.read_text())
-        different = [f"{name} was {there.get(name)} and is {value}" for name, value in note.items() if there.get(name) != value]
+        before = json.loads(path.read_text())
+        different = [f"{name} was {before.get(name)} and is {value}" for name, value in note.items() if before.get(name) != value]
         if different:
             raise ValueError(f"{output} holds shards of another repacking: {'; '.join(different)}. Choose another output=")
+    elif there := sorted(output.glob("*.tar")):
+        raise ValueError(f"{output} holds {there[0].name}, but no {NOTE}: it is not of a repacking. Choose another output=")
     else:
         output.mkdir(parents=True, exist_ok=True)
         write_json(path, note)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import socket
 import tarfile
 import time
 from collections import Counter
@@ -18,7 +20,7 @@ class ShardWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self.partial = partial_of(path)
         self.skipped: Counter[str] = Counter()
         self.count = self.size = 0  # samples, bytes
         self.keys: set[str] = set()
@@ -55,17 +57,18 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         whole = kind is None and not self.given_up
         try:
+            try:
+                if whole:
+                    self.tar.close()
+                    self.file.flush()
+                    os.fsync(self.file.fileno())
+            finally:
+                self.file.close()  # on a full disk it raises, too
             if whole:
-                self.tar.close()
-                self.file.flush()
-                os.fsync(self.file.fileno())
+                write_json(self.path.with_name(f"{self.path.stem}_stats.json"), self.stats())
+                self.partial.replace(self.path)
         finally:
-            self.file.close()
-            if not whole:
-                self.partial.unlink(missing_ok=True)
-        if whole:
-            write_json(self.path.with_name(f"{self.path.stem}_stats.json"), self.stats())
-            self.partial.replace(self.path)
+            self.partial.unlink(missing_ok=True)
 
     def stats(self) -> dict[str, object]:
         """In the words of img2dataset's _stats.json; `successes` is the number of samples in the tar."""
@@ -81,9 +84,32 @@ class ShardWriter:
 
 def write_json(path: Path, value: object) -> None:
     """At once or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_of(path)
     try:
         partial.write_text(json.dumps(value, indent=1) + "\n")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """Where this process writes what will be `path`."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+
+
+def clear_partials(folder: Path) -> None:
+    """Remove what processes of this machine that were killed had not finished."""
+    for path in folder.glob(".*.partial"):
+        match = re.search(rf"\.{re.escape(socket.gethostname())}\.(\d+)\.partial$", path.name)
+        if match and not _lives(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from made_shards import image_bytes, video_bytes, video_sample, write_tar
 from t2v.data.entries import find
 from t2v.data.loader import ClipLoader
 from t2v.data.repacking import Recode, _segments, repack
+from t2v.data.shard_writer import partial_of
 from t2v.data.shards import LocalTar
 from t2v.data.webvid import webvid
 from t2v.video import decode_clip, probe
@@ -228,3 +231,49 @@ def test_it_continues(clips: Path, tmp_path: Path) -> None:
             next(repack(entries, tmp_path / "out", **options))
     with pytest.raises(ValueError, match="files was"):
         next(repack(entries[1:], tmp_path / "out", per_shard=2))
+
+
+def test_shards_of_others_are_neither_taken_for_ours_nor_changed(clips: Path, tmp_path: Path) -> None:
+    theirs = write_tar(tmp_path / "out/00000.tar", [video_sample(1)]).read_bytes()
+    with pytest.raises(ValueError, match=r"out holds 00000.tar, but no repack.json: it is not of a repacking. Choose another output="):
+        next(repack(find(clips, clips / "captions.csv"), tmp_path / "out"))
+    assert [(path.name, path.read_bytes()) for path in (tmp_path / "out").iterdir()] == [("00000.tar", theirs)]
+
+
+TOO_LARGE = """
+import resource, sys
+from pathlib import Path
+from t2v.data.shard_writer import ShardWriter
+resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+with ShardWriter(Path(sys.argv[1])) as shard:
+    for number in range(9):
+        shard.add(str(number), {"txt": bytes(5000)})
+"""
+
+
+def test_nothing_stays_of_a_shard_that_cannot_be_written(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", TOO_LARGE, str(tmp_path / "0.tar")], capture_output=True, text=True)
+    assert "File too large" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from t2v.data.shard_writer import ShardWriter
+with ShardWriter(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_killed_processes_left_is_removed(clips: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    subprocess.run([sys.executable, "-c", KILLED, str(out / "00000.tar")], check=False)
+    assert len(list(out.iterdir())) == 1
+    ours = partial_of(out / "00001.tar")  # of a process that lives
+    others = out / ".00002.tar.another-machine.1.partial"
+    for path in (ours, others):
+        path.write_bytes(b"")
+    (shard,) = repack(find(clips, clips / "captions.csv"), out)
+    assert {path.name for path in out.iterdir()} == {"00000.tar", "00000_stats.json", "repack.json", ours.name, others.name}
+    assert shard.samples == 4
