@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from t2v.data.errors import BadSample, ShardError
-from t2v.data.folder import caption_of, read_table
+from t2v.data.folder import caption_of, file_of, read_table
 from t2v.data.laion import IMAGES
 from t2v.data.raw import RawSample
 from t2v.data.shards import LocalTar
@@ -78,7 +78,7 @@ def find(source: Path, captions: Path | None = None) -> list[Entry]:
             by_short_name.setdefault(short, []).append(name)
     entries, absent, top = [], [], os.path.abspath(source)
     for row in rows:
-        wanted = str(row[column])
+        wanted = file_of(row, column)
         near = by_short_name.get(wanted.rpartition("/")[2], [])
         names = [wanted] if wanted in files else [name for name in near if _ends(f"{top}/{name}", wanted)]
         if len(names) > 1:
@@ -86,10 +86,10 @@ def find(source: Path, captions: Path | None = None) -> list[Entry]:
         if names:
             entries.append(Entry(names[0], files[names[0]], row | {"file": names[0]}))
         else:
-            absent.append(wanted)
+            absent.append(wanted or "a row without one")
     if not entries:
         raise ValueError(
-            f"none of the {len(rows)} files that {captions} names (e.g. {rows[0][column] if rows else ''}) is in {source}: "
+            f"none of the {len(rows)} files that {captions} names (e.g. {absent[0] if absent else ''}) is in {source}: "
             "give paths relative to it"
         )
     if absent:  # of a large table often only some archives are there

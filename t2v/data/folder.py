@@ -57,8 +57,14 @@ def caption_of(row: dict[str, Any]) -> str:
     return text if isinstance(text, str) else ""
 
 
+def file_of(row: dict[str, Any], column: str) -> str:
+    """The file that a row names; nothing where it has no such column."""
+    name = row.get(column)
+    return "" if name is None else str(name)
+
+
 class FolderRows:
-    """Rows begin, ..., end - 1 of a table, as a shard. A missing file is a sample without media."""
+    """Rows begin, ..., end - 1 of a table, as a shard. A file that is missing or cannot be read is a sample without media."""
 
     error: ShardError | None = None
 
@@ -69,15 +75,16 @@ class FolderRows:
             rows, self.column = read_table(self.path)
         except ValueError as error:
             raise ShardError(str(error)) from error
-        self.rows = rows[int(begin) : int(end)]
+        self.begin = int(begin)
+        self.rows = rows[self.begin : int(end)]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, index: int) -> RawSample:
         row = self.rows[index]
-        name = str(row[self.column])
-        key, suffix = os.path.splitext(name)
+        name = file_of(row, self.column)
+        key, suffix = os.path.splitext(name or f"row {self.begin + index}")
         members = {"json": json.dumps(row).encode()}
         text = caption_of(row)
         if text:
@@ -85,8 +92,6 @@ class FolderRows:
         try:
             with open(os.path.join(os.path.dirname(self.path), name), "rb") as file:
                 members[suffix[1:].lower()] = file.read()
-        except FileNotFoundError:
+        except (OSError, ValueError):  # a folder, a name with a zero byte: one row is no reason to leave out the others
             pass  # counted as missing_member
-        except OSError as error:
-            raise ShardError(str(error)) from error
         return RawSample(key, members)

@@ -10,7 +10,9 @@ import fsspec
 import pytest
 from made_shards import image_bytes, image_sample, write_images, write_tar
 
+from t2v.data.entries import find
 from t2v.data.errors import BadSample
+from t2v.data.folder import FolderRows
 from t2v.data.laion import laion
 from t2v.data.loader import ClipLoader
 from t2v.data.raw import RawSample
@@ -172,3 +174,21 @@ def test_presets_read_what_their_formats_hold(tmp_path: Path) -> None:
     write_tar(tmp_path / "00000.tar", [(key, {"jpg": members["png"], "json": json.dumps(fields).encode()})])
     stream = laion(str(tmp_path), size=4, num_readers=1, caption=["txt", "json:text", "json:caption"])
     assert next(iter(ClipLoader(stream, global_batch=1))).captions == ["from datacomp"]
+
+
+def test_rows_that_cannot_be_read_do_not_end_their_shard(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    names = ["0.png", "folder.png", "nul\0.png", "x" * 300 + ".png", None, "absent.png", "", "7.png"]
+    rows = [{"file": name, "caption": "c"} if name is not None else {"path": "4.png", "caption": "c"} for name in names]
+    for number in (0, 7):
+        (tmp_path / f"{number}.png").write_bytes(image_bytes(number))
+    table = tmp_path / "captions.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shard = FolderRows(f"{table}#0:8")
+    samples = [shard.read(k) for k in range(len(shard))]
+    assert [sample.key for sample in samples if "png" in sample.members] == ["0", "7"]
+    assert samples[4].key == "row 4"
+    batch = next(iter(ClipLoader(laion(str(table), size=4, num_readers=1), global_batch=4)))
+    assert set(batch.keys) == {"0", "7"}
+    assert set(batch.bad) == {("laion", "missing_member")}
+    assert [entry.name for entry in find(tmp_path, table)] == ["0.png", "folder.png", "7.png"]
