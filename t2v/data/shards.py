@@ -163,6 +163,8 @@ def _members(file: io.RawIOBase | io.FileIO) -> Iterator[tuple[str, int, int]]:
                 raise ShardError(f"unexpected end of data: {member.name} should end at byte {member.offset_data + member.size} of {size}")
             if member.isreg():
                 yield member.name, member.offset, member.offset_data + (member.size + BLOCK - 1) // BLOCK * BLOCK
+        if os.pread(file.fileno(), BLOCK, tar.offset) != bytes(BLOCK):  # tarfile takes a cut, or anything else, between members for the end
+            raise ShardError(f"unexpected end of data at byte {tar.offset}")
 
 
 def _contents(data: bytes) -> Iterator[tuple[str, int, int]]:

@@ -105,6 +105,29 @@ def test_truncated_tars_give_whole_samples_and_an_error(tmp_path: Path, keep: fl
     assert abs(len(samples) - int(20 * keep)) <= 1
 
 
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_cut_at_any_block_is_noticed(tmp_path: Path, form: int) -> None:
+    """Between members, too, where long names or fractions of a second make tarfile read them."""
+    path, whole = tmp_path / "a.tar", {}
+    with tarfile.open(path, "w", format=form) as tar:
+        for k in range(6):
+            key = f"{'folder' * 12}/{k:05d}{'x' * 60}"
+            whole[key] = {"txt": bytes([k + 1]) * 700, "json": b"{}"}
+            for suffix, data in whole[key].items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size, info.mtime = len(data), 0.5 if form == tarfile.PAX_FORMAT else 0
+                tar.addfile(info, io.BytesIO(data))
+        end = tar.offset
+    data = path.read_bytes()
+    assert local(path) == ([RawSample(key, members) for key, members in whole.items()], "")
+    for length in range(0, end, 256):
+        path.write_bytes(data[:length])
+        samples, error = local(path)
+        assert error, length
+        assert all(sample.members == whole[sample.key] for sample in samples), length
+        assert bool(streamed(path)[1]), length
+
+
 def test_not_a_tar(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     for data in (b"<html>" * 200, bytes(range(256)) * 9):
