@@ -169,6 +169,7 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
     from t2v.planning.length import Length
     from t2v.planning.memory import GIB, Layout, by_recomputation, micro_batch_that_fits, sets_the_peak, ways_that_fit
     from t2v.training.sharding import size_of
+    from t2v.training.strategies import weights_stay
 
     parts = build(cfg, found)
     if parts is None:
@@ -180,16 +181,15 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
     trained = sum(parameter.numel() for parameter in parts.unet.parameters())
     frozen = sum(p.numel() for module in (parts.autoencoder.model, parts.text_encoder.tower) for p in module.parameters())
     print(f"network  {trained:,} parameters trained, {frozen:,} frozen")
-    sharded = fully_sharded(cfg) and steps.world > 1
+    gather = cfg.strategy.gather if fully_sharded(cfg) else None
     layout = Layout(
         steps.world,
-        sharded,
+        gather,
         moments_of(cfg.optimizer),
         steps.accumulate,
         str(cfg.trainer.precision),
         kernels=bool(cfg.hardware.gpu),
-        reshard_after_forward=not sharded or cfg.strategy.reshard_after_forward,
-        cuda_graphs=cfg.module.cuda_graphs and bool(cfg.hardware.gpu) and not fully_sharded(cfg),
+        cuda_graphs=cfg.module.cuda_graphs and bool(cfg.hardware.gpu) and weights_stay(gather),
     )
     weights = size_of(parts.unet)
     checkpoint = (2 + layout.moments) * weights
@@ -233,8 +233,8 @@ def text_to_video(cfg: DictConfig, mixture: JointMixture, steps: StepPlan, micro
     print(f"disk     {checkpoint / 1e9:.3g} GB a checkpoint, every {every} steps ({report.duration(seconds * every)}), {keep} kept")
     if cfg.callbacks.checkpoints.background:
         sizes_of_two = [1 << (parameter.numel() * parameter.element_size() - 1).bit_length() for parameter in parts.unet.parameters()]
-        pinned = (2 + layout.moments) * sum(sizes_of_two) / (steps.world if sharded else 1)  # CUDA gives it out in powers of two
-        each = f"{pinned / 1e9:.3g} GB of pinned host memory on {'every' if sharded else 'the first'} rank"
+        pinned = (2 + layout.moments) * sum(sizes_of_two) / (1 if gather is None else steps.world)  # CUDA gives it out in powers of two
+        each = f"{pinned / 1e9:.3g} GB of pinned host memory on {'the first' if gather is None else 'every'} rank"
         print(f"         written while training goes on, from {each} (callbacks.checkpoints.background=false: none, but training waits)")
 
 
@@ -285,7 +285,6 @@ def build(cfg: DictConfig, found: list[Finding]) -> Parts | None:
 
 
 def fully_sharded(cfg: DictConfig) -> bool:
-    """Where nothing is recorded, whatever module.cuda_graphs says."""
     return not isinstance(cfg.strategy, str) and type_name(cfg.strategy) == "FullyShardedStrategy"
 
 
@@ -293,8 +292,9 @@ def ways_to_run(unet: Any, cfg: DictConfig) -> None:
     """Raises ValueError where the network cannot be recorded or compiled as the configuration asks for."""
     from t2v.training.compiling import require_compilable
     from t2v.training.graphs import require_recordable
+    from t2v.training.strategies import weights_stay
 
-    if cfg.module.cuda_graphs and not fully_sharded(cfg):
+    if cfg.module.cuda_graphs and weights_stay(cfg.strategy.gather if fully_sharded(cfg) else None):
         require_recordable(unet, cfg.module.compile)
     if cfg.module.compile is not None:
         require_compilable(unet, cfg.module.compile)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from t2v.models.spatio_temporal import CHECKPOINTING
-from t2v.planning.step import ACTIVATIONS, BACKWARD, COPIES, Parts, Step, activations_of, step
+from t2v.planning.step import ACTIVATIONS, BACKWARD, COPIES, GRADIENTS, Parts, Step, activations_of, step
 from t2v.training.graphs import UNRECORDABLE
 from t2v.training.sharding import gathered_together, size_of
 
 GIB = 2**30
 GRAPHS = "gradients inside CUDA graphs"
+GATHERED = "weights gathered by FSDP"
 
 
 @dataclass(frozen=True)
@@ -20,24 +21,24 @@ class Layout:
     """How a training lies on its GPUs. `moments`: tensors that the optimizer keeps per parameter (AdamW: 2)."""
 
     ranks: int
-    sharded: bool
+    gather: str | None  # FullyShardedStrategy's; None: weights are not divided
     moments: int
     accumulate: int
     precision: str
     kernels: bool = False  # those of a GPU
-    reshard_after_forward: bool = False  # FSDP's
     cuda_graphs: bool = False  # where the network can be recorded
 
     @property
     def keeps_gradients(self) -> bool:
-        """In DDP's buckets, or from micro-batch to micro-batch."""
-        return self.accumulate > 1 or (self.ranks > 1 and not self.sharded)
+        """Whole ones, in DDP's buckets, or from micro-batch to micro-batch; gather=step keeps those of its rows."""
+        return (self.accumulate > 1 and self.gather != "step") or (self.ranks > 1 and self.gather is None)
 
 
 def per_gpu(parts: Parts, counted: Step, layout: Layout, recorded: int = 0) -> dict[str, int]:
     """Bytes by part, at the moment of a step when most is alive. `recorded`: how many shapes of input have CUDA graphs of their own."""
     weights = size_of(parts.unet)
-    own = weights // layout.ranks if layout.sharded else weights
+    own = weights // layout.ranks if layout.gather is not None else weights
+    travelling = weights // 2 if layout.precision == "bf16-mixed" else weights  # FullyShardedStrategy.precision_policy
     in_half = layout.kernels and layout.precision == "bf16-mixed"  # TextToVideoModule.setup
     found = {
         "weights (float32)": own,
@@ -46,16 +47,20 @@ def per_gpu(parts: Parts, counted: Step, layout: Layout, recorded: int = 0) -> d
         "frozen encoders": (size_of(parts.autoencoder.model) + size_of(parts.text_encoder.tower)) // (2 if in_half else 1),
     }
     if recorded:  # each writes its gradients where it wrote them when it was recorded
-        found[GRAPHS] = recorded * own
+        found[GRAPHS] = recorded * (travelling if layout.gather == "step" else own)
     moment = dict(counted.at_peak)
-    if layout.sharded:  # gradients lie divided; whole are all blocks or those at work and the next, and what belongs to none
-        moment["gradients"] = own
+    if layout.gather is not None:
         moment.pop(COPIES, None)
+    if layout.gather == "step":  # gradients have the type of the weights, and lie where graphs keep them
+        at_work = 0 if recorded else moment.get(GRADIENTS, 0) * travelling // weights
+        moment[GRADIENTS] = at_work + (own if layout.accumulate > 1 else 0)
+        found[GATHERED] = travelling
+    elif layout.gather is not None:  # gradients lie divided; whole are all blocks or those at work and the next, and what belongs to none
+        moment[GRADIENTS] = own
         gathered = sorted(sum(map(size_of, blocks)) for blocks in gathered_together(parts.unet))
         outside = weights - sum(gathered)
-        whole = sum(gathered[-2:] if layout.reshard_after_forward else gathered) + outside
-        travelling = whole // 2 if layout.precision == "bf16-mixed" else whole  # FullyShardedStrategy.precision_policy
-        found["weights gathered by FSDP"] = travelling + gathered[-1]  # + the whole gradients of those at work
+        whole = sum(gathered[-2:] if layout.gather == "block" else gathered) + outside
+        found[GATHERED] = whole * travelling // weights + gathered[-1]  # + the whole gradients of those at work
     return found | moment
 
 

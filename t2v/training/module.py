@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -29,12 +29,13 @@ from t2v.pipeline import TextToVideoPipeline
 from t2v.training.checkpoints import count_batches, lay_out_like_parameters, stop_between_steps
 from t2v.training.compiling import compile_blocks, require_compilable, require_compiler
 from t2v.training.ema import EMA
+from t2v.training.gathering import GatheredNetwork
 from t2v.training.graphs import RecordedNetwork, own_gradients, require_recordable
 from t2v.training.learning_rate import scheduled
 from t2v.training.mixture import StepPlan
 from t2v.training.nan_watch import MicroBatch, Model, NanWatch
-from t2v.training.sharding import is_sharded, local, materialise, own_rows, take_gradients
-from t2v.training.strategies import FullyShardedStrategy
+from t2v.training.sharding import is_sharded, local, make_room_for_gathering, materialise, own_rows, take_gradients
+from t2v.training.strategies import FullyShardedStrategy, how_gathered, weights_stay
 
 TEMPORAL_MODULES = ("temp_convs", "temp_attentions", "transformer_in")
 ELEMENT_BY_ELEMENT = (optim.Adagrad, optim.Adam, optim.Adamax, optim.NAdam, optim.RAdam, optim.RMSprop, optim.SGD)  # AdamW is an Adam
@@ -92,6 +93,8 @@ class TextToVideoModule(LightningModule):
         if compile is not None:
             require_compilable(unet, compile)
         self.recorded: RecordedNetwork | None = None
+        self.gather: Callable[..., GatheredNetwork] | None = None  # of this rank's rows: strategy=fsdp with gather=step
+        self.gathered: GatheredNetwork | None = None  # what a step's passes go through then
         self.frozen_in_bfloat16 = False  # weights and all, as t2v.generate runs them, instead of autocast's float32 norms
         self.trained: dict[str, nn.Parameter] = {}  # what the optimizer steps on: the parameters, or this rank's rows of each
         self.micro_batches: list[MicroBatch] = []  # of the optimizer step under way, or just done
@@ -102,7 +105,7 @@ class TextToVideoModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device  # the module itself is moved later
-        if self.cuda_graphs and not isinstance(self.trainer.strategy, FullyShardedStrategy):
+        if self.cuda_graphs and weights_stay(how_gathered(self.trainer.strategy)):
             require_recordable(self.unet, self.compiler)
         if self.compiler is not None:
             require_compiler(self.compiler, device)
@@ -115,11 +118,12 @@ class TextToVideoModule(LightningModule):
         like the network."""
         strategy = self.trainer.strategy
         on_meta = next(self.unet.parameters()).is_meta
+        plain = copy.deepcopy(self.unet).to("meta") if how_gathered(strategy) == "step" else None
         if self.init is not None:  # files hold whole tensors: the network is whole, too, for a moment
             materialise(self.unet, strategy.root_device, self.seed)
             torch.manual_seed(self.seed)  # what it draws is the same on every rank
             self.init(self.unet)
-        if self.compiler is not None:
+        if self.compiler is not None and plain is None:
             compile_blocks(self.unet, self.compiler)  # not the average: every way to sample has a shape of its own
         if isinstance(strategy, FullyShardedStrategy):
             for network in (self.unet, self.ema_unet):
@@ -129,6 +133,9 @@ class TextToVideoModule(LightningModule):
                 materialise(self.unet, strategy.root_device, self.seed)
             self.ema_unet.to_empty(device=strategy.root_device)
             self.ema.start(self.ema_unet, self.unet)
+        if plain is not None and isinstance(strategy, FullyShardedStrategy):
+            make_room_for_gathering(self.unet)  # before anyone takes its rows, which FSDP may move when it first gathers
+            self.gather = partial(strategy.gathered, plain, self.compiler)
         if not isinstance(strategy, FullyShardedStrategy):
             for network in (self.unet, self.ema_unet):
                 channels_last(network)
@@ -139,10 +146,13 @@ class TextToVideoModule(LightningModule):
         return self if next(self.unet.parameters()).is_meta else super().cpu()
 
     def record_network(self) -> None:
-        """cuda_graphs: from now on, the network runs as CUDA graphs. Under DDP the exchange of gradients waits for the whole backward pass
-        then, which takes less than the launches did (experiments/scaling)."""
+        """cuda_graphs: from now on, the network runs as CUDA graphs. Between ranks the exchange of gradients waits for the whole backward
+        pass then, which takes less than the launches did (experiments/scaling)."""
         require_recordable(self.unet, self.compiler)
-        self.recorded = RecordedNetwork(self.unet)
+        if self.gathered is not None:
+            self.gathered.record()
+        else:
+            self.recorded = RecordedNetwork(self.unet)
 
     def configure_optimizers(self) -> Any:
         self.trained = {name: own_rows(parameter) for name, parameter in self.unet.named_parameters()}
@@ -160,6 +170,7 @@ class TextToVideoModule(LightningModule):
                 f"strategy=fsdp steps on each rank's rows, but {type(optimizer).__name__} looks at whole weights: "
                 "use optimizer=adamw, or strategy=ddp"
             )
+        self.gathered = None if self.gather is None else self.gather(list(self.trained.values()))
         return scheduled(optimizer, self.lr_schedule)
 
     @property
@@ -189,6 +200,8 @@ class TextToVideoModule(LightningModule):
         torch.manual_seed(seed_of(self.seed, "dropout", self.global_step, batch_idx % plan.accumulate, self.global_rank))
         if batch_idx % plan.accumulate == 0:
             self.micro_batches.clear()
+            if self.gathered is not None:
+                self.gathered.gather()
         loss = torch.zeros((), device=self.device)
         # The backward pass goes the other way: with the most frames last there, gradients are whole, and on their way to the other ranks,
         # from the first layer that it passes. By shape, not by number of clips: the order must be every rank's.
@@ -208,8 +221,13 @@ class TextToVideoModule(LightningModule):
         timestep = self.timesteps(self._keys("timestep", stream, clips), self.objective.schedule.num_timesteps)
         noise = self.objective.schedule.noise(self._keys("noise", stream, clips), encoded.latents.shape[1:])
         timestep, noise = sent(timestep, self.device), sent(noise, self.device)
-        losses = self.objective(self.recorded or self.unet, encoded.latents, encoded.text, timestep, noise)  # (b,)
+        network = self.gathered.of(stream) if self.gathered is not None else self.recorded or self.unet
+        losses = self.objective(network, encoded.latents, encoded.text, timestep, noise)  # (b,)
         return MicroBatch(stream, clips.keys, encoded, timestep, noise, losses)
+
+    def on_after_backward(self) -> None:
+        if self.gathered is not None:
+            self.gathered.give_gradients()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         take_gradients(self.watched.parameters)
@@ -281,13 +299,13 @@ class TextToVideoModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.callbacks_done_at = time.perf_counter()
-        sharded = isinstance(self.trainer.strategy, FullyShardedStrategy)
-        if self.cuda_graphs and self.device.type == "cuda" and not sharded:
+        gather = how_gathered(self.trainer.strategy)
+        if self.cuda_graphs and self.device.type == "cuda" and weights_stay(gather):
             self.record_network()
             self.forget_gradients()
         elif self.cuda_graphs and self.trainer.is_global_zero:
-            why = "strategy=fsdp gathers weights to another place in every step, where no CUDA graph finds them"
-            print(f"graphs   none: {why if sharded else 'there is no NVIDIA GPU'}", flush=True)
+            moving = f"strategy.gather={gather} gathers weights to another place each time, where no CUDA graph finds them"
+            print(f"graphs   none: {'there is no NVIDIA GPU' if weights_stay(gather) else moving}", flush=True)
         lay_out_like_parameters(self.trainer.optimizers[0])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

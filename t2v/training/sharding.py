@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from t2v.checkpoint import Piece
 from t2v.models.spatio_temporal import blocks_of
+
+
+class HasSize(Protocol):
+    def numel(self) -> int: ...
+
+
+T = TypeVar("T", bound=HasSize)
 
 
 def shard(network: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard_after_forward: bool = True) -> None:
@@ -116,6 +123,20 @@ def take_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def size_of(module: nn.Module) -> int:
     """Bytes of a whole module, wherever it lies."""
     return sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+
+
+def within(elements: int, tensors: Iterable[T]) -> Iterator[list[T]]:
+    """The tensors in turn, in lists of at most so many elements or of one tensor."""
+    part: list[T] = []
+    size = 0
+    for tensor in tensors:
+        if part and size + tensor.numel() > elements:
+            yield part
+            part, size = [], 0
+        part.append(tensor)
+        size += tensor.numel()
+    if part:
+        yield part
 
 
 def is_sharded(tensor: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,20 +14,28 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import Optimizer
 
+from t2v.training.gathering import GatheredNetwork
 from t2v.training.sharding import as_sharded, divide_like, load_rows, shard
+
+GATHER = ("step", "pass", "block")
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
     """FSDP2: parameters, gradients, optimizer states and their average are divided over all ranks of all hosts.
+
+    `gather`: when the weights come together. "step": all of them once a step, in memory that stays (`GatheredNetwork`); "pass": a block
+    when it runs, until its first backward pass is done; "block": a block when it runs, and again in the backward pass.
 
     Lightning's ModelParallelStrategy brings processes and device mesh; its default mesh divides nothing on one host, so here data parallel
     is the world and tensor parallel is 1. What it does for checkpoints (distributed checkpoints with pickled metadata) is replaced:
     checkpoint folders are those of every other strategy. Runs on CPUs too.
     """
 
-    def __init__(self, timeout_minutes: float = 30, reshard_after_forward: bool = False) -> None:
+    def __init__(self, timeout_minutes: float = 30, gather: str = "step") -> None:
         super().__init__(timeout=timedelta(minutes=timeout_minutes))
-        self.reshard_after_forward = reshard_after_forward
+        if gather not in GATHER:
+            raise ValueError(f"strategy.gather={gather} is unknown: use {', '.join(GATHER)}")
+        self.gather = gather
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -39,7 +47,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
         mesh: DeviceMesh = self.device_mesh["data_parallel"]
         trained = any(parameter.requires_grad for parameter in network.parameters())
         # without a backward pass nothing would give gathered weights up again, and they would stay those of the first call
-        shard(network, mesh, self.precision_policy(), reshard_after_forward=self.reshard_after_forward or not trained)
+        shard(network, mesh, self.precision_policy(), reshard_after_forward=self.gather != "pass" or not trained)
+
+    def gathered(self, network: nn.Module, compiler: str | None, rows: Sequence[nn.Parameter]) -> GatheredNetwork:
+        """For gather=step: `network` is one like that whose `rows` are given, without memory."""
+        group = self.device_mesh["data_parallel"].get_group()
+        return GatheredNetwork(network, rows, self.precision_policy().param_dtype, group, compiler)
 
     def precision_policy(self) -> MixedPrecisionPolicy:
         """bf16-mixed: weights travel in bf16, gradients in float32; autocast decides the rest, as in every other strategy."""
@@ -75,6 +88,16 @@ class FullyShardedStrategy(ModelParallelStrategy):
         for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict({**stored, "state": _moments(divide_like, stored, optimizer)})
             _optimizer_to_device(optimizer, self.root_device)
+
+
+def how_gathered(strategy: Any) -> str | None:
+    """FullyShardedStrategy's `gather`; None for strategies that divide no weights."""
+    return strategy.gather if isinstance(strategy, FullyShardedStrategy) else None
+
+
+def weights_stay(gather: str | None) -> bool:
+    """Whether each pass finds the weights where the one before did, as CUDA graphs must. `gather`: `how_gathered`."""
+    return gather in (None, "step")
 
 
 def _moments(change: Callable[[Tensor, Tensor], Tensor], stored: Mapping[str, Any], optimizer: Optimizer) -> dict[int, dict[str, Any]]:

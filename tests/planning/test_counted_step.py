@@ -12,7 +12,7 @@ from t2v.models.autoencoder import SD_CONFIG, Autoencoder, empty_autoencoder
 from t2v.models.text_encoder import TextEncoder, empty_tower
 from t2v.models.unet import VideoUNet
 from t2v.planning.live_bytes import LiveBytes
-from t2v.planning.memory import GRAPHS, Layout, Mode, by_recomputation, micro_batch_that_fits, per_gpu, ways_that_fit
+from t2v.planning.memory import GATHERED, GRAPHS, Layout, Mode, by_recomputation, micro_batch_that_fits, per_gpu, ways_that_fit
 from t2v.planning.step import BACKWARD, COPIES, GRADIENTS, Parts, step
 from t2v.training.sharding import size_of
 
@@ -102,18 +102,14 @@ def test_fsdp_divides_what_stays_and_the_micro_batch_that_fits_does_fit() -> Non
     made = parts()
     clips = {"video": CLIPS["video"]}
     counted = step(made, clips, precision="bf16-mixed", keeps_gradients=True)
-    whole, divided = (
-        per_gpu(made, counted, Layout(8, sharded, 2, 1, "bf16-mixed", reshard_after_forward=True)) for sharded in (False, True)
-    )
+    whole, divided, kept = (per_gpu(made, counted, Layout(8, gather, 2, 1, "bf16-mixed")) for gather in (None, "block", "pass"))
     for part in ("weights (float32)", "average of the weights", "optimizer", "gradients"):
         assert divided[part] == pytest.approx(whole[part] / 8, rel=0.05)
     assert divided["activations of videos"] == whole["activations of videos"]
-    kept = per_gpu(made, counted, Layout(8, True, 2, 1, "bf16-mixed"))
-    gathered = "weights gathered by FSDP"
-    assert divided[gathered] < kept[gathered]
-    in_float32 = per_gpu(made, counted, Layout(8, True, 2, 1, "32-true"))
-    assert in_float32[gathered] - kept[gathered] == pytest.approx(whole["weights (float32)"] / 2, rel=0.01)
-    assert whole["weights (float32)"] / 2 <= kept[gathered] <= whole["weights (float32)"]
+    assert divided[GATHERED] < kept[GATHERED]
+    in_float32 = per_gpu(made, counted, Layout(8, "pass", 2, 1, "32-true"))
+    assert in_float32[GATHERED] - kept[GATHERED] == pytest.approx(whole["weights (float32)"] / 2, rel=0.01)
+    assert whole["weights (float32)"] / 2 <= kept[GATHERED] <= whole["weights (float32)"]
     limit = int(0.7 * sum(whole.values()))
     fits = micro_batch_that_fits(whole, "video", 4, limit)
     assert 1 <= fits < 4
@@ -122,13 +118,28 @@ def test_fsdp_divides_what_stays_and_the_micro_batch_that_fits_does_fit() -> Non
     recomputed = {"activations of videos": 1, BACKWARD: 49, "weights (float32)": 9950}  # next to nothing is kept, but it is theirs
     assert [micro_batch_that_fits(recomputed, "video", 4, limit) for limit in (10_000, 10_050)] == [4, 8]
     smaller = step(made, {"video": (fits, 8, 64, 64)}, precision="bf16-mixed", keeps_gradients=True)
-    assert sum(per_gpu(made, smaller, Layout(8, False, 2, 1, "bf16-mixed")).values()) <= limit
+    assert sum(per_gpu(made, smaller, Layout(8, None, 2, 1, "bf16-mixed")).values()) <= limit
+
+
+def test_gradients_of_a_gathered_step_have_the_type_of_its_weights() -> None:
+    made = parts()
+    at_work, kept = (step(made, CLIPS, precision="bf16-mixed", keeps_gradients=keeps) for keeps in (False, True))
+    once, twice = (per_gpu(made, at_work, Layout(8, "step", 2, accumulate, "bf16-mixed")) for accumulate in (1, 2))
+    whole = per_gpu(made, kept, Layout(8, None, 2, 2, "bf16-mixed"))
+    assert [Layout(8, gather, 2, 2, "bf16-mixed").keeps_gradients for gather in ("step", "pass", None)] == [False, True, True]
+    assert once[GATHERED] == whole["weights (float32)"] // 2
+    assert once["gradients"] == at_work.at_peak.get("gradients", 0) // 2
+    assert twice["gradients"] - once["gradients"] == pytest.approx(whole["gradients"] / 8, rel=0.02)
 
 
 def test_each_recorded_shape_keeps_gradients() -> None:
-    modes = by_recomputation(parts(), CLIPS, Layout(1, False, 2, 1, "bf16-mixed", cuda_graphs=True))
-    kept = {which: mode.memory.get(GRAPHS) for which, mode in modes.items()}
+    modes, gathered = (
+        by_recomputation(parts(), CLIPS, Layout(2, gather, 2, 1, "bf16-mixed", cuda_graphs=True)) for gather in (None, "step")
+    )
     both = len(CLIPS) * size_of(network())
+    assert gathered["none"].memory[GRAPHS] == both // 2
+    assert gathered["none"].memory["gradients"] == 0  # beside those
+    kept = {which: mode.memory.get(GRAPHS) for which, mode in modes.items()}
     assert kept == {"none": both, "elementwise": both, "attention": None, "all": None}  # the last two cannot be recorded
 
 
@@ -178,7 +189,7 @@ def test_our_full_size_against_an_h200(which: str, gigabytes: float) -> None:
         unet = VideoUNet(gradient_checkpointing=which, attention_backend="triton")
     made = Parts(unet, Autoencoder(empty_autoencoder(SMALL_VAE)), TextEncoder(empty_tower(1024, 2, 16).to("meta")), DenoisingLoss())
     counted = step(made, {"video": (8, 16, 256, 256)}, precision="bf16-mixed", keeps_gradients=False, kernels=True)
-    parts = per_gpu(made, counted, Layout(1, False, 2, 1, "bf16-mixed", kernels=True))
+    parts = per_gpu(made, counted, Layout(1, None, 2, 1, "bf16-mixed", kernels=True))
     assert (sum(parts.values()) - parts["frozen encoders"]) / 1e9 == pytest.approx(gigabytes, rel=0.02)
 
 

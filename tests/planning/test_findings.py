@@ -142,13 +142,13 @@ def test_plan_of_a_wrong_set_up(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     ("overrides", "tflops", "errors", "mends"),
     [
         (("strategy=single",), 376, 1, ["module.cuda_graphs=false", *(f"{which} module.cuda_graphs=false" for which in CHECKPOINTING[1:])]),
-        (("strategy=fsdp", "unet.gradient_checkpointing=all"), 328, 0, []),
+        (("strategy=fsdp", "strategy.gather=pass", "unet.gradient_checkpointing=all"), 328, 0, []),
     ],
 )
 def test_memory_that_graphs_take_and_time_that_they_save(
     overrides: Any, tflops: int, errors: int, mends: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One GPU; a network that fits without what graphs keep of its gradients, and under FSDP there are none."""
+    """One GPU; a network that fits without what graphs keep of its gradients, and where FSDP moves weights there are none."""
     network = "unet.block_out_channels=[512]", "unet.down_block_types=[DownBlock3D]", "unet.up_block_types=[UpBlock3D]"
     memory = "batch={image: 1, video: 1}", "hardware=h200", "hardware.memory_gib=1.3", "hardware.usable=1"
     places = f"paths.experiments={tmp_path}", f"paths.data={tmp_path}"
@@ -163,7 +163,7 @@ def test_memory_that_graphs_take_and_time_that_they_save(
     assert [mend for mend in offered if not mend.startswith("micro_batch")] == mends
 
 
-@pytest.mark.parametrize("strategy", ["single", "ddp"])
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
 def test_where_networks_are_recorded_recomputation_that_cannot_be_is_refused(strategy: str) -> None:
     unet = SimpleNamespace(gradient_checkpointing="all")
     with pytest.raises(ValueError, match=r"module\.cuda_graphs=true cannot record unet\.gradient_checkpointing=all"):
@@ -175,7 +175,9 @@ def test_compiled_blocks_are_refused_where_networks_are_recorded() -> None:
     compiled = "experiment=shapes", "trainer=gpu", "module.compile=inductor"
     with pytest.raises(ValueError, match=r"set module\.cuda_graphs=false"):
         ways_to_run(unet, composed(*compiled, "strategy=ddp"))
-    ways_to_run(unet, composed(*compiled, "strategy=fsdp"))
+    with pytest.raises(ValueError, match=r"set module\.cuda_graphs=false"):
+        ways_to_run(unet, composed(*compiled, "strategy=fsdp"))
+    ways_to_run(unet, composed(*compiled, "strategy=fsdp", "strategy.gather=pass"))
 
 
 def test_missing_keys_are_findings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,12 @@ from t2v.training.strategies import FullyShardedStrategy
 
 BATCH = {"image": 3, "video": 3}
 KINDS = ("resnets", "temp_convs", "attentions", "temp_attentions")
-STRATEGIES: dict[str, Any] = {"single": lambda: "auto", "ddp": lambda: "ddp", "fsdp": FullyShardedStrategy}
+STRATEGIES: dict[str, Any] = {
+    "single": lambda: "auto",
+    "ddp": lambda: "ddp",
+    "fsdp": FullyShardedStrategy,
+    "fsdp_block": partial(FullyShardedStrategy, gather="block"),
+}
 
 
 def train(folder: Path, strategy: str, world: int, steps: int, resume: Path | None = None, **options: Any) -> dict[str, Any]:
@@ -87,6 +92,7 @@ def test_a_disk_that_holds_no_checkpoint_is_refused_before_the_first_step(tmp_pa
         pytest.param(("single", 1), ("fsdp", 2), marks=pytest.mark.slow),
         pytest.param(("fsdp", 2), ("fsdp", 3), marks=pytest.mark.slow),
         pytest.param(("ddp", 2), ("fsdp", 2), marks=pytest.mark.slow),
+        pytest.param(("fsdp_block", 2), ("fsdp", 3), marks=pytest.mark.slow),
     ],
 )
 def test_another_strategy_continues(straight: Path, first: tuple[str, int], second: tuple[str, int], tmp_path: Path) -> None:

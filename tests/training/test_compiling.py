@@ -17,7 +17,12 @@ from t2v.training.mixture import JointMixture
 from t2v.training.nan_watch import first_bad_layer
 from t2v.training.strategies import FullyShardedStrategy
 
-STRATEGIES: dict[str, Any] = {"single": lambda: "auto", "ddp": lambda: "ddp", "fsdp": FullyShardedStrategy}
+STRATEGIES: dict[str, Any] = {
+    "single": lambda: "auto",
+    "ddp": lambda: "ddp",
+    "fsdp": FullyShardedStrategy,
+    "fsdp_block": lambda: FullyShardedStrategy(gather="block"),
+}
 PLAIN = {"fused_kernels": False}
 FEW = {**PLAIN, "num_temporal_attentions": 0}
 
@@ -32,7 +37,8 @@ def trained(folder: Path, strategy: str, world: int, unet: dict[str, Any], compi
         options = {"resume": folder / "step-00000001"}
     module = small_module(unet=small_unet(**unet), compile=compile)
     fit(module, data(), folder, strategy=STRATEGIES[strategy](), world=world, **options)
-    assert all(("forward" in vars(block)) == (compile is not None) for block in blocks_of(module.unet))
+    networks = [module.unet] if module.gathered is None else module.gathered.streams.values()
+    assert all(("forward" in vars(block)) == (compile is not None) for network in networks for block in blocks_of(network))
     assert not any("forward" in vars(block) for block in blocks_of(module.ema_unet))
     state = module.state_dict()
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in state.items()}
@@ -56,7 +62,8 @@ def test_compiled_blocks_make_the_update_of_plain_ones(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "world", "recompute"), [("single", 1, "none"), ("ddp", 2, "none"), ("fsdp", 2, "none"), ("fsdp", 2, "all")]
+    ("strategy", "world", "recompute"),
+    [("single", 1, "none"), ("ddp", 2, "none"), ("fsdp", 2, "none"), ("fsdp", 2, "all"), ("fsdp_block", 2, "all")],
 )
 def test_compiled_blocks_go_with_every_strategy(strategy: str, world: int, recompute: str, tmp_path: Path) -> None:
     """All kinds of blocks, images and videos, forward and backward graphs as inductor gets them; one process goes on from a checkpoint."""

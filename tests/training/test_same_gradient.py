@@ -20,7 +20,8 @@ STRATEGIES: dict[str, Any] = {
     "single": lambda: "auto",
     "ddp": lambda: "ddp",
     "fsdp": FullyShardedStrategy,
-    "fsdp_kept": lambda: FullyShardedStrategy(reshard_after_forward=False),
+    "fsdp_pass": lambda: FullyShardedStrategy(gather="pass"),
+    "fsdp_block": lambda: FullyShardedStrategy(gather="block"),
 }
 
 
@@ -62,7 +63,9 @@ def test_accumulation_is_exact(alone: dict[str, Any], tmp_path: Path) -> None:
     assert_same(alone, update("single", 1, 2, tmp_path))
 
 
-@pytest.mark.parametrize(("strategy", "world", "micro"), [("ddp", 2, 2), ("ddp", 4, 4), ("fsdp", 2, 2), ("fsdp_kept", 2, 2)])
+@pytest.mark.parametrize(
+    ("strategy", "world", "micro"), [("ddp", 2, 2), ("ddp", 4, 4), ("fsdp", 2, 2), ("fsdp_pass", 2, 2), ("fsdp_block", 2, 2)]
+)
 def test_ranks_make_the_update_of_one_process(alone: dict[str, Any], strategy: str, world: int, micro: int, tmp_path: Path) -> None:
     ranks = on_ranks(update, world, tmp_path, strategy, world, micro, tmp_path)
     assert_every_sample_once(ranks, BATCH)
@@ -70,7 +73,7 @@ def test_ranks_make_the_update_of_one_process(alone: dict[str, Any], strategy: s
         assert_same(alone, rank)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("fsdp_block", marks=pytest.mark.slow)])
 def test_a_rank_without_samples_takes_part(strategy: str, tmp_path: Path) -> None:
     """3 and 3 samples in micro-batches of one: rank 1 has nothing in the second."""
     batch = {"image": 3, "video": 3}
@@ -80,7 +83,7 @@ def test_a_rank_without_samples_takes_part(strategy: str, tmp_path: Path) -> Non
     assert_same(expected, ranks[0])
 
 
-@pytest.mark.parametrize(("strategy", "world"), [("ddp", 4), pytest.param("fsdp", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("strategy", "world"), [("ddp", 4), ("fsdp", 2), pytest.param("fsdp_block", 2, marks=pytest.mark.slow)])
 def test_divided_ranks_make_the_update_of_joint_ones(alone: dict[str, Any], strategy: str, world: int, tmp_path: Path) -> None:
     ranks = on_ranks(update, world, tmp_path, strategy, world, 2, tmp_path, BATCH, RankMixture)
     assert {stream for stream, _ in ranks[0]["used"]} == {"image"}
@@ -97,8 +100,9 @@ def update_on_meta(strategy: str, world: int, folder: Path) -> dict[str, Any]:
     return update(strategy, world, 4, folder, module={"unet": unet})
 
 
-def test_rows_that_ranks_do_not_divide_are_trained_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_block"])
+def test_rows_that_ranks_do_not_divide_are_trained_too(strategy: str, tmp_path: Path) -> None:
     """Three ranks: FSDP pads rows and may move them when it first runs, after the optimizer was made."""
     expected = update_on_meta("single", 1, tmp_path)
-    for rank in on_ranks(update_on_meta, 3, tmp_path, "fsdp", 3, tmp_path):
+    for rank in on_ranks(update_on_meta, 3, tmp_path, strategy, 3, tmp_path):
         assert_same(expected, rank)

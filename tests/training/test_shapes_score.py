@@ -18,7 +18,7 @@ from t2v.data.shapes import held_out_specs, render
 from t2v.diffusion.sampling import Sampler
 from t2v.training.callbacks.shapes_score import ShapesScore
 from t2v.training.mixture import JointMixture
-from t2v.training.strategies import FullyShardedStrategy
+from t2v.training.strategies import GATHER, FullyShardedStrategy
 
 
 class RealClips:
@@ -78,14 +78,15 @@ def test_the_start_is_scored_where_asked_and_only_there(tmp_path: Path, module: 
 BATCH = {"image": 2, "video": 2}
 
 
-def trained_weights_scored(folder: Path, scored: bool) -> list[float]:
+def trained_weights_scored(folder: Path, gather: str, scored: bool) -> list[float]:
     """The trained network's weights after two steps under FSDP, scored before the first and between them, or never."""
     module, scores = small_module(), [ShapesScore(2, every_n_steps=1, ema=False, at_start=True)] if scored else []
-    fit(module, MadeUpData(BATCH, BATCH, JointMixture()), folder, strategy=FullyShardedStrategy(), world=2, callbacks=scores)
+    fit(module, MadeUpData(BATCH, BATCH, JointMixture()), folder, strategy=FullyShardedStrategy(gather=gather), world=2, callbacks=scores)
     return [float(parameter.detach().full_tensor().sum()) for parameter in module.unet.parameters()]  # type: ignore[operator]
 
 
-def test_a_training_under_fsdp_does_not_see_that_its_weights_were_scored(tmp_path: Path) -> None:
-    quiet, scored = (on_ranks(trained_weights_scored, 2, tmp_path, tmp_path, scored) for scored in (False, True))
+@pytest.mark.parametrize("gather", GATHER)
+def test_a_training_under_fsdp_does_not_see_that_its_weights_were_scored(gather: str, tmp_path: Path) -> None:
+    quiet, scored = (on_ranks(trained_weights_scored, 2, tmp_path, tmp_path, gather, scored) for scored in (False, True))
     assert [json.loads(line)["step"] for line in (tmp_path / "scores.jsonl").read_text().splitlines()] == [0, 1]
     assert scored == quiet

@@ -6,7 +6,6 @@ import json
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from t2v.batch import ClipBatch
 from t2v.ranks import connected, from_all
 from t2v.training.callbacks import at_least_one
 from t2v.training.operations import autoencoder_tflop, ceiling_tflop_per_s, unet_tflop
-from t2v.training.sharding import is_sharded, local
+from t2v.training.sharding import is_sharded, local, within
 
 QUANTILES = 4
 AT_ONCE = 1 << 24  # elements of parameters that are looked at together: few launches, little memory
@@ -199,20 +198,6 @@ def update_to_weight(optimizer: Optimizer, group: dict[str, Any]) -> float:
         dist.all_reduce(squares)
     update, weight = squares.tolist()
     return group["lr"] * (update / weight) ** 0.5 if weight else 0.0
-
-
-def within(elements: int, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in turn, in lists of at most so many elements or of one tensor."""
-    part: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if part and size + tensor.numel() > elements:
-            yield part
-            part, size = [], 0
-        part.append(tensor)
-        size += tensor.numel()
-    if part:
-        yield part
 
 
 def peak_memory_gb(device: torch.device) -> float:
