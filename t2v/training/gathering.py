@@ -47,6 +47,10 @@ class GatheredNetwork:
         """From now on, passes run as CUDA graphs."""
         self.recorded = {}
 
+    @property
+    def recordings(self) -> int:
+        return sum(network.recordings for network in (self.recorded or {}).values())
+
     def of(self, stream: str) -> Callable[..., Tensor]:
         if stream not in self.streams:
             network = self.streams[stream] = copy.deepcopy(self.network)

@@ -14,6 +14,7 @@ from t2v.diffusion.recording import uncached_autocast
 RECORDING = threading.Lock()  # held while a graph is recorded, and by other threads while they ask CUDA for memory, which would spoil it
 UNRECORDABLE = ("attention", "all")  # recomputation that saves and sets the state of random numbers, as no graph can
 MOST = 4  # shapes; each keeps its own activations
+TOLERANCE = 0.05  # of the gradient's norm, for sums in another order; what was recorded wrongly is not a number or off by all of it
 
 
 class RecordedNetwork:
@@ -28,13 +29,17 @@ class RecordedNetwork:
         self.network = network
         self.recorded: dict[tuple[Any, ...], Any] = {}
 
+    @property
+    def recordings(self) -> int:
+        return len(self.recorded)
+
     def __call__(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         inputs = sample, timestep, text
         key = (self.network.training, *((tuple(x.shape), x.dtype) for x in inputs))
         if key not in self.recorded:
             if len(self.recorded) == MOST:
                 return self.network(*inputs)
-            self.recorded[key] = record(self.network, inputs)
+            self.recorded[key] = recorded_or_plain(self.network, inputs)
         return self.recorded[key](*inputs)
 
 
@@ -48,6 +53,28 @@ class _Call(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return self.network(*inputs)
+
+
+def recorded_or_plain(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """What is recorded is compared with the network's own gradient before it is relied upon; where they differ, the network itself."""
+    expected = gradient_norms(network, network, inputs)
+    recorded = record(network, inputs)
+    found = gradient_norms(recorded, network, inputs)
+    difference = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    if difference <= TOLERANCE:
+        return recorded
+    shape = " x ".join(map(str, inputs[0].shape))
+    print(f"graphs   none for {shape}: recorded, its gradient is off by {difference:.2g} of its size; it runs unrecorded", flush=True)
+    return network
+
+
+def gradient_norms(function: Any, network: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """(parameters,) of the mean square of what the function gives, with the same dropout each time. Norms, for two sets of gradients would
+    not fit beside the activations."""
+    with torch.random.fork_rng([x.device for x in inputs[:1] if x.is_cuda], device_type="cuda"), uncached_autocast():
+        torch.manual_seed(0)
+        loss = function(*inputs).float().square().mean()
+        return torch.stack(torch._foreach_norm(torch.autograd.grad(loss, list(network.parameters()))))
 
 
 def record(network: nn.Module, inputs: tuple[Tensor, ...]) -> Any:

@@ -145,6 +145,12 @@ class TextToVideoModule(LightningModule):
         the first one."""
         return self if next(self.unet.parameters()).is_meta else super().cpu()
 
+    @property
+    def recordings(self) -> int:
+        """How many shapes of input have CUDA graphs."""
+        recorded = self.recorded if self.gathered is None else self.gathered
+        return 0 if recorded is None else recorded.recordings
+
     def record_network(self) -> None:
         """cuda_graphs: from now on, the network runs as CUDA graphs. Between ranks the exchange of gradients waits for the whole backward
         pass then, which takes less than the launches did (experiments/scaling)."""
@@ -196,12 +202,22 @@ class TextToVideoModule(LightningModule):
         return LatentBatch(latents, text_encoder.encode(captions), clips.indices)
 
     def training_step(self, batch: dict[str, ClipBatch], batch_idx: int) -> Tensor:
-        plan = self.plan
-        torch.manual_seed(seed_of(self.seed, "dropout", self.global_step, batch_idx % plan.accumulate, self.global_rank))
-        if batch_idx % plan.accumulate == 0:
+        if batch_idx % self.plan.accumulate == 0:
             self.micro_batches.clear()
             if self.gathered is not None:
                 self.gathered.gather()
+        known, done = self.recordings, len(self.micro_batches)
+        loss = self.loss_of(batch, batch_idx)
+        if self.recordings != known:  # once more, for between a replay and its backward pass nothing may be recorded
+            del self.micro_batches[done:]
+            loss = self.loss_of(batch, batch_idx)
+        self.trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
+        return loss
+
+    def loss_of(self, batch: dict[str, ClipBatch], batch_idx: int) -> Tensor:
+        """Eq. 5 of all streams of a micro-batch, weighted: 0-d."""
+        plan = self.plan
+        torch.manual_seed(seed_of(self.seed, "dropout", self.global_step, batch_idx % plan.accumulate, self.global_rank))
         loss = torch.zeros((), device=self.device)
         # The backward pass goes the other way: with the most frames last there, gradients are whole, and on their way to the other ranks,
         # from the first layer that it passes. By shape, not by number of clips: the order must be every rank's.
@@ -210,7 +226,6 @@ class TextToVideoModule(LightningModule):
             trained = self.predict(stream, clips if len(clips) else stand_in(clips))
             loss = loss + weight * trained.losses.sum()
             self.micro_batches.append(replace(trained, keys=clips.keys, losses=trained.losses.detach()[: len(clips)]))
-        self.trainer.datamodule.consumed(batch)  # type: ignore[attr-defined]
         return loss
 
     def predict(self, stream: str, clips: ClipBatch) -> MicroBatch:
@@ -236,7 +251,12 @@ class TextToVideoModule(LightningModule):
     @cached_property
     def watched(self) -> Model:
         """The network and its parameters, looked up once: a walk over all modules takes as long as a small network's step."""
-        return Model(self.unet, list(self.trained.values()), self.objective)
+        return Model(self.unet, list(self.trained.values()), self.loss_in_its_precision)
+
+    def loss_in_its_precision(self, *inputs: Any) -> Tensor:
+        """The objective, also where Lightning has left the step's autocast."""
+        with self.trainer.precision_plugin.forward_context():
+            return self.objective(*inputs)
 
     @cached_property
     def rows(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -35,17 +35,58 @@ def test_each_shape_is_recorded_once_and_the_fifth_runs_unrecorded(monkeypatch: 
 
     def record(network: Any, inputs: tuple[Tensor, ...]) -> Any:
         recorded.append(tuple(inputs[0].shape))
-        return lambda *arguments: 2 * network(*arguments)
+        return lambda *arguments: 1.01 * network(*arguments)
 
     monkeypatch.setattr(graphs, "record", record)
     called = RecordedNetwork(network)
     for b in (1, 2, 1, 3, 4, 2, 5, 1):
         sample, time, text = inputs(b)
-        factor = 1 if b > MOST else 2
+        factor = 1 if b > MOST else 1.01
         torch.testing.assert_close(called(sample, time, text), factor * network(sample, time, text))
     assert [shape[0] for shape in recorded] == [1, 2, 3, 4]
+    assert called.recordings == MOST
     network.eval()
     assert len(called.recorded) == MOST  # evaluation is another kind of call, and there is no room
+
+
+@pytest.mark.parametrize("wrong", [1.5, float("nan")])
+def test_what_was_recorded_wrongly_runs_unrecorded(
+    wrong: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = small_unet(temporal_dropout=0.5)
+    monkeypatch.setattr(graphs, "record", lambda network, inputs: lambda *arguments: wrong * network(*arguments))
+    torch.manual_seed(3)
+    expected = network(*inputs(2)), torch.rand(1)
+    torch.manual_seed(3)
+    found = RecordedNetwork(network)(*inputs(2)), torch.rand(1)
+    torch.testing.assert_close(found, expected)  # the same dropout, too: comparing uses up no random number
+    assert "graphs   none for 2 x 4 x 2 x 4 x 4: recorded, its gradient is off by" in capsys.readouterr().out
+
+
+def test_a_step_in_which_something_was_recorded_runs_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no recording lies between a replay and its backward pass; losses, data and updates are those of the other trainings."""
+    events: list[str] = []
+
+    def record(network: Any, inputs: tuple[Tensor, ...]) -> Any:
+        events.append("record")
+
+        def replay(*arguments: Tensor) -> Tensor:
+            events.append("replay")
+            return network(*arguments)
+
+        return replay
+
+    monkeypatch.setattr(graphs, "record", record)
+    updates = []
+    for recorded in (True, False):
+        module, data = small_module(), MadeUpData(BATCH, BATCH, JointMixture())
+        if recorded:
+            monkeypatch.setattr(module, "on_train_start", module.record_network)
+        fit(module, data, tmp_path, steps=2)
+        updates.append(module.state_dict())
+        assert [m.stream for m in module.micro_batches] == ["video", "image"]
+    assert events == ["record", "replay"] + ["replay"] + ["record", "replay"] + ["replay"] + 2 * ["replay", "replay"]
+    torch.testing.assert_close(*updates, rtol=0, atol=1e-12)
 
 
 def test_gradients_of_their_own_are_zero_and_stay_where_they_are() -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Callback
+from pytorch_lightning.plugins.precision import MixedPrecision
 from ranks import on_ranks, start_ranks
-from small_training import MadeUpData, fit, small_module
+from small_training import MadeUpData, fit, small_module, small_unet
 
+from t2v.diffusion.objective import DenoisingLoss
 from t2v.training.callbacks.loss_spikes import LossSpikes
 from t2v.training.callbacks.rank_watch import Beat, Judge, RankWatch
 from t2v.training.mixture import JointMixture
@@ -200,3 +202,20 @@ def test_what_loss_spikes_know_survives_a_resume(tmp_path: Path) -> None:
     first.running, first.steps = {"video": 0.25}, 120
     second.load_state_dict(first.state_dict())
     assert (second.running, second.steps) == ({"video": 0.25}, 120)
+
+
+def test_the_search_runs_in_the_precision_of_the_training(tmp_path: Path) -> None:
+    """On a GPU the text is bfloat16, which float32 weights cannot be multiplied with outside of autocast."""
+    mixed: list[bool] = []
+
+    class Watched(DenoisingLoss):
+        def __call__(self, *inputs: Any) -> torch.Tensor:
+            mixed.append(torch.is_autocast_enabled("cpu"))
+            return super().__call__(*inputs)
+
+    module = small_module(unet=small_unet().float(), objective=Watched())
+    data = MadeUpData(BATCH, MICRO, JointMixture(), bad=("video", 1))
+    with pytest.raises(NonFiniteError, match="the loss of video video-1 is not finite"):
+        fit(module, data, tmp_path, precision=MixedPrecision("bf16-mixed", "cpu"))
+    trained = 2 * -(-BATCH["video"] // MICRO["video"])
+    assert mixed == [True] * (trained + 1)
