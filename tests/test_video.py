@@ -119,6 +119,7 @@ def test_variable_frame_rate_follows_the_clock_not_the_count() -> None:
         ("libsvtav1", "mp4", {"g": "40", "preset": "8", "crf": "10"}),
         ("mpeg4", "avi", {"g": "40"}),
         ("libx264", "mp4", {"pix_fmt": "yuv444p10le", "g": "40"}),
+        ("libx264", "flv", {"x264-params": "bframes=3:b-pyramid=normal:keyint=2:min-keyint=1"}),  # seeks land on the keyframe after
     ],
 )
 def test_codecs_and_containers_give_the_right_frames(codec: str, form: str, options: dict[str, str]) -> None:

@@ -153,6 +153,14 @@ class TestForeignVideos:
         with pytest.raises(ValueError, match="take='last'"):
             VideoFolder(large, run.manifest, run.protocol, take="last")
 
+    @pytest.mark.parametrize(("take", "frames"), [("first", range(16)), ("middle", range(2, 18)), ("uniform", uniform(20, 16))])
+    def test_frames_of_longer_videos_are_those_that_were_chosen(self, msrvtt: MsrVtt, tmp_path: Path, take: str, frames: list[int]) -> None:
+        run = evaluator(msrvtt, tmp_path / "a")
+        videos = VideoFolder(self.folder(run, tmp_path / "peer", frames=20), run.manifest, run.protocol, take=take)
+        whole = read_strip(tmp_path / "peer/000003.png", 32)
+        assert whole is not None
+        assert torch.equal(videos.load(3), whole[list(frames)])
+
     def test_other_videos_in_the_same_folder_are_not_measured_as_the_earlier_ones(self, msrvtt: MsrVtt, tmp_path: Path) -> None:
         run = evaluator(msrvtt, tmp_path / "a")
         folder = VideoFolder(self.folder(run, tmp_path / "peer", ".mp4"), run.manifest, run.protocol)

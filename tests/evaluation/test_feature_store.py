@@ -49,3 +49,10 @@ def test_two_ranks_may_drop_a_damaged_file_at_once(tmp_path: Path, monkeypatch: 
         rank.join(30)
     assert kept.read_bytes() == whole
     assert not list(tmp_path.glob(".*"))
+
+
+def test_features_of_other_rows_are_not_there(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path, {})
+    store.write(range(4, 8), 4, torch.zeros(4, 3))
+    assert store.has(range(4, 8), 4)
+    assert not store.has(range(8, 16), 8)  # of the same file name

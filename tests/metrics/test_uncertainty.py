@@ -69,6 +69,7 @@ class TestErrors:
         )
         one = frechet_error(gaussian(128, 6, 1000), gaussian(128, 6, 1001, 0.4), resamples=60)
         assert one == pytest.approx(float(fresh.std()), rel=0.35)
+        assert frechet_error(gaussian(128, 6, 1000), gaussian(96, 6, 1001, 0.4), resamples=60) > one / 2  # of different numbers of videos
 
     def test_videos_not_frames_are_drawn(self) -> None:
         frames = 8
@@ -92,6 +93,12 @@ class TestExtrapolation:
         at_n = sum(frechet_distance(moments(x), moments(y)) for x, y in runs) / 6
         to_infinity = sum(extrapolate(x, y, repeats=2).value for x, y in runs) / 6
         assert abs(to_infinity - truth) < 0.4 * (at_n - truth)
+
+    def test_whole_videos_are_drawn(self) -> None:
+        x, y = gaussian(64, 4, 1), gaussian(64, 4, 2, 0.3)
+        videos, whole = extrapolate(x, y, frames=4), frechet_distance(moments(x), moments(y))
+        assert videos.sizes == (4, 6, 7, 9, 11, 13, 14, 16)
+        assert videos.distances[-1] == pytest.approx(whole)  # all of them
 
     def test_line(self) -> None:
         assert intercept([1.0, 0.5, 0.25], [5.0, 4.0, 3.5]) == pytest.approx(3.0)
