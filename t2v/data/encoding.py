@@ -75,29 +75,29 @@ class Job:
     output: Path
 
     @property
-    def place(self) -> str:
-        """The same from every working folder."""
-        return self.url if "://" in self.url else os.path.abspath(self.url)
+    def origin(self) -> str:
+        """The same from every working folder. One shard may be of two sources, which take different captions from it."""
+        return f"{self.source.name} {self.url if '://' in self.url else os.path.abspath(self.url)}"
 
 
 def jobs_of(stream: ClipStream, output: Path) -> list[Job]:
     """All shards of a stream. Names do not change when others come or go: a shard's own, or that with a hash where several have it; those
     that were given stay. Raises ValueError where `output` holds shards of something else."""
-    given = {place: name for name, place in _note(output).get("shards", {}).items()}
+    given = {origin: name for name, origin in _note(output).get("shards", {}).items()}
     jobs = [Job(source, url, output) for source, urls in zip(stream.sources, stream.shards) for url in urls]
     stems = [re.sub(r"[^\w.-]", "_", job.url.rsplit("/", 1)[-1].split("?")[0].removesuffix(".tar")) for job in jobs]
     times, named = Counter(stems), []
     for job, stem in zip(jobs, stems):
-        mark = "" if times[stem] == 1 else f"_{hashlib.blake2b(f'{job.source.name} {job.place}'.encode(), digest_size=4).hexdigest()}"
-        named.append(replace(job, output=output / given.get(job.place, f"{stem}{mark}.tar")))
+        mark = "" if times[stem] == 1 else f"_{hashlib.blake2b(job.origin.encode(), digest_size=4).hexdigest()}"
+        named.append(replace(job, output=output / given.get(job.origin, f"{stem}{mark}.tar")))
     return named
 
 
-def keep_note(output: Path, stream: ClipStream, jobs: list[Job]) -> None:
+def keep_note(output: Path, stream: ClipStream, jobs: list[Job], max_frames: int) -> None:
     """What the shards of a folder are made of, and how, so that no other data and no other choices go on with it. More shards may come.
     Raises ValueError."""
     there = _note(output)
-    recipe, shards = _recipe(stream), {job.output.name: job.place for job in jobs}
+    recipe, shards = _recipe(stream) | {"max_frames": max_frames}, {job.output.name: job.origin for job in jobs}
     for part, now, remedy in (
         ("recipe", recipe, ""),
         ("shards", shards, f", or write the new place into {output / NOTE} if the same shards were moved"),
@@ -123,7 +123,9 @@ def _recipe(stream: ClipStream) -> dict[str, Any]:
         for name in ("media", "caption", "filters", "keep_uncaptioned"):
             value = getattr(source, name)
             recipe[f"{source.name}.{name}"] = list(value) if isinstance(value, tuple) else value
-        for table in sorted({url.rpartition("#")[0] for url in urls if "#" in url and "://" not in url}):  # its shards are runs of its rows
+        for table in sorted(
+            {url.rpartition("#")[0] for url in urls if "#" in os.path.basename(url) and "://" not in url}
+        ):  # its shards are runs of its rows
             data = Path(table).read_bytes()
             recipe[os.path.abspath(table)] = f"{len(data)} bytes ({hashlib.blake2b(data, digest_size=4).hexdigest()})"
     return recipe
@@ -212,7 +214,7 @@ def encode_shards(
     text_sha256 = None if text_encoder is None else text_encoder.sha256()
     card = LatentCard(autoencoder.sha256(), autoencoder.factor, autoencoder.channels, recipe.size, float(recipe.fps), text_sha256)
     card.write(output)
-    keep_note(output, stream, jobs)
+    keep_note(output, stream, jobs, max_frames)
     clear_partials(output)
     if text_encoder is not None:
         write_empty_text(output, text_encoder)
@@ -265,13 +267,12 @@ def encode_shards(
                 frames += len(clip.frames)
         if not shard.skipped["shard_error"]:
             guard.shard(source.name, url, None)
-        if lost:
-            yield Encoded(path, done, len(mine), 0, 0, shard.skipped, False, lost)
-        else:
-            yield Encoded(path, done, len(mine), shard.count, frames, shard.skipped, False)
+        clips_and_frames = (0, 0) if lost else (shard.count, frames)
+        yield Encoded(path, done, len(mine), *clips_and_frames, shard.skipped, False, lost)
 
 
 def _unused(key: str, used: set[str]) -> str:
-    """A key as readers take it, with a number where it is taken: a table may have several captions of one file, a/b.c and a_b_c are one."""
-    plain = key.replace("/", "_").replace(".", "_")
+    """A key as readers take it, with a number where it is taken: a table may have several captions of one file, a/b.c and a_b_c are one,
+    and ../a/b begins with what readers leave out."""
+    plain = re.sub("^__+", "_", re.sub("[/.]", "_", key))
     return next(name for count in itertools.count(1) if (name := plain if count == 1 else f"{plain}_{count}") not in used)

@@ -10,7 +10,6 @@ prompt's embedding (captions are dropped in training, not here). A latent stream
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from t2v.data.laion import describe
 from t2v.data.order import Draw
 from t2v.data.raw import RawSample
 from t2v.data.readers import ClipStream
-from t2v.data.shard_writer import write_json
+from t2v.data.shard_writer import write_json, write_whole
 from t2v.data.sources import Source
 
 MEMBER = "moments.npy"
@@ -196,10 +195,7 @@ def webvid_latents(
 
 
 def write_empty_text(folder: Path, text_encoder: HashedTextEncoder) -> None:
-    """At once or not at all."""
-    partial = folder / f".{EMPTY_TEXT}.{os.getpid()}.partial"
-    partial.write_bytes(pack(text_encoder.encode([""])[0]))
-    partial.replace(folder / EMPTY_TEXT)
+    write_whole(folder / EMPTY_TEXT, pack(text_encoder.encode([""])[0]))
 
 
 def read_empty_text(folder: str) -> Tensor:

@@ -36,6 +36,8 @@ class ShardWriter:
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         if "." in key.rsplit("/", 1)[-1]:
             raise ValueError(f"the key {key!r} holds a dot: readers end keys at the first one")
+        if key.startswith("__"):
+            raise ValueError(f"the key {key!r} begins with two underscores: readers leave such members out")
         if key in self.keys:
             raise ValueError(f"{self.path}: the key {key!r} was there before: readers take samples of one key for one")
         self.keys.add(key)
@@ -83,10 +85,14 @@ class ShardWriter:
 
 
 def write_json(path: Path, value: object) -> None:
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
     """At once or not at all."""
     partial = partial_of(path)
     try:
-        partial.write_text(json.dumps(value, indent=1) + "\n")
+        partial.write_bytes(data)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

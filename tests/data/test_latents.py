@@ -142,16 +142,29 @@ def test_shards_of_one_name_do_not_take_each_others_place(videos: Path, tmp_path
         assert sorted(keys(tmp_path / folder)) == [f"{k:08d}" for k in (*range(6), *range(7, 12), 99)]
 
 
+def test_two_sources_take_different_captions_from_one_shard(tmp_path: Path) -> None:
+    shard = str(write_tar(tmp_path / "videos/0.tar", [("1", {"mp4": video_bytes(), "txt": b"one", "json": b'{"other": "two"}'})]))
+    both = {"a": {"urls": shard}, "b": {"urls": shard, "caption": "json:other"}}
+    for _ in range(2):  # of which the first ends after one of them
+        shards = encode_shards(webvid(sources=both, num_frames=6, size=16, num_readers=2), Autoencoder(), tmp_path / "out")
+        next(shards)
+    assert [encoded.was_there for encoded in shards] == [False]
+    captions = [LocalTar(str(path)).read(0).members["txt"] for path in (tmp_path / "out").glob("*.tar")]
+    assert sorted(captions) == [b"one", b"two"]
+
+
 def test_outputs_of_other_data_are_refused(videos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     list(encode_shards(stream(videos), Autoencoder(), out))
     other = write_tar(tmp_path / "other/00002.tar", [video_sample(99)])
-    with pytest.raises(ValueError, match=rf"00002.tar was {videos}/00002.tar and is {other}. Choose another output="):
+    with pytest.raises(ValueError, match=rf"00002.tar was webvid {videos}/00002.tar and is webvid {other}. Choose another output="):
         list(encode_shards(stream(other.parent), Autoencoder(), out))
     with pytest.raises(ValueError, match=r"webvid.filters was \[\] and is \['key > 1'\]"):
         list(encode_shards(webvid(str(videos), num_frames=6, size=16, num_readers=4, filters=["key > 1"]), Autoencoder(), out))
     with pytest.raises(ValueError, match="short was skip and is loop"):
         list(encode_shards(webvid(str(videos), num_frames=6, size=16, num_readers=4, short="loop"), Autoencoder(), out))
+    with pytest.raises(ValueError, match="max_frames was 300 and is 24"):
+        list(encode_shards(stream(videos), Autoencoder(), out, max_frames=24))
     with pytest.raises(ValueError, match=r"no encode.json, which says what they were made of: choose another output="):
         list(encode_shards(stream(videos), Autoencoder(), other.parent))
     assert [path.name for path in other.parent.iterdir()] == ["00002.tar"]
@@ -167,6 +180,14 @@ def test_all_captions_of_one_file_are_encoded(tmp_path: Path) -> None:
     tar = LocalTar(str(shard.shard))
     found = [(tar.read(k).key, tar.read(k).members["txt"].decode(), tar.read(k).fields["key"]) for k in range(len(tar))]
     assert found == [("a_b", "video 0", "a/b"), ("a_b_2", "video 1", "a/b"), ("a_b_3", "video 2", "a_b"), ("a_b_4", "video 3", "a/b")]
+
+
+def test_readers_find_the_files_of_a_table_that_lie_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "a.mp4").write_bytes(video_bytes())
+    (tmp_path / "tables/captions.csv").write_text("file,caption\n../a.mp4,video 1\n")
+    (shard,) = encode_shards(stream(tmp_path / "tables/captions.csv"), Autoencoder(), tmp_path / "out")
+    assert (shard.clips, keys(tmp_path / "out")) == (1, ["_a"])
 
 
 def test_a_table_that_changed_is_refused(tmp_path: Path) -> None:

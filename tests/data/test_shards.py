@@ -147,12 +147,15 @@ def test_members_of_a_sample_must_be_adjacent(tmp_path: Path) -> None:
     assert [(sample.key, list(sample.members)) for sample in samples] == [("e", ["mp4"]), ("f", ["mp4"]), ("e", ["txt"])]
 
 
-def test_no_two_samples_of_one_key_are_written(tmp_path: Path) -> None:
+def test_samples_that_readers_would_not_find_are_not_written(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "a.tar") as shard:
         shard.add("1", {"txt": b"one"})
         shard.add("2", {"txt": b"two"})
         with pytest.raises(ValueError, match=r"a.tar: the key '1' was there before"):
             shard.add("1", {"txt": b"three"})
+        for key in ("3.5", "__3"):
+            with pytest.raises(ValueError, match=f"the key '{key}'"):
+                shard.add(key, {"txt": b"three"})
     assert [sample.key for sample in both(tmp_path / "a.tar")[0]] == ["1", "2"]
 
 
