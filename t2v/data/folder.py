@@ -35,7 +35,7 @@ def read_table(path: str) -> tuple[list[dict[str, Any]], str]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             if path.endswith(".csv"):
-                rows = list(csv.DictReader(file))
+                rows = [_whole(row) for row in csv.DictReader(file)]
             elif path.endswith(".jsonl"):
                 rows = [json.loads(line) for line in file if line.strip()]
             else:
@@ -50,6 +50,13 @@ def read_table(path: str) -> tuple[list[dict[str, Any]], str]:
     if rows and column is None:
         raise ValueError(f"{path}: no column names the files: expected one of {', '.join(FILE_COLUMNS)}, found {', '.join(columns)}")
     return rows, column or ""
+
+
+def _whole(row: dict[Any, Any]) -> dict[str, Any]:
+    """A row of a csv. Raises ValueError where it has more values than columns: a caption would be cut at its first comma."""
+    if any(row.pop(None, ())):
+        raise ValueError(f"the row of {next(iter(row.values()))} has more values than columns: put captions that hold commas in quotes")
+    return row
 
 
 def caption_of(row: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from made_shards import image_bytes, image_sample, write_images, write_tar
 
 from t2v.data.entries import find
 from t2v.data.errors import BadSample
-from t2v.data.folder import FolderRows
+from t2v.data.folder import FolderRows, read_table
 from t2v.data.laion import laion
 from t2v.data.loader import ClipLoader
 from t2v.data.raw import RawSample
@@ -146,6 +146,16 @@ def test_a_plain_folder_with_captions(tmp_path: Path, form: str) -> None:
     table.write_text("a,b\n1,2\n" if form == "csv" else '{"a": 1}\n')
     with pytest.raises(ValueError, match=r"unreadable|no column names the files"):
         laion(str(_copy(table)), size=4)
+
+
+def test_a_caption_is_not_cut_at_its_first_comma(tmp_path: Path) -> None:
+    table = tmp_path / "captions.csv"
+    table.write_text("file,caption\n1.mp4,one,\n2.mp4,a red, blue and green thing\n")
+    with pytest.raises(ValueError, match=r"captions.csv: unreadable: the row of 2.mp4 has more values than columns.*in quotes"):
+        laion(str(table), size=4)
+    table = tmp_path / "other.csv"
+    table.write_text("file,caption\n1.mp4,one,,\n")  # nothing is lost
+    assert read_table(str(table)) == ([{"file": "1.mp4", "caption": "one"}], "file")
 
 
 def _copy(table: Path) -> Path:
