@@ -62,6 +62,8 @@ def find(source: Path, captions: Path | None = None) -> list[Entry]:
         raise ValueError(f"source={source} is not a folder")
     tars = sorted(source.glob("*.tar"))
     if tars and captions is None:
+        if beside := next((path for path in sorted(source.rglob("*")) if path.suffix[1:].lower() in (*MEDIA, "zip")), None):
+            LOG.warning("%s holds tars, which are packed, and other files, such as %s, which are not: move them apart", source, beside.name)
         return [entry for tar in tars for entry in _samples(tar)]
     files = _files(source)
     if captions is None:
@@ -70,6 +72,8 @@ def find(source: Path, captions: Path | None = None) -> list[Entry]:
             raise ValueError(
                 f"{source}: {len(files)} media files, but no captions: give captions=FILE (csv, jsonl, json) or a .txt beside each"
             )
+        if alone := files.keys() - {entry.name for entry in entries}:
+            LOG.warning("%d of the %d files in %s have no caption beside them, such as %s", len(alone), len(files), source, min(alone))
         return entries
     rows, column = read_table(str(captions))
     by_short_name: dict[str, list[str]] = {}

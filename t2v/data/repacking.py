@@ -23,6 +23,7 @@ from t2v.data.frames import decode_image
 from t2v.data.laion import IMAGES
 from t2v.data.shard_writer import ShardWriter, clear_partials, write_json
 from t2v.data.sources import clean
+from t2v.data.workers import end_with_parent
 from t2v.video import decode_clip, probe, write_mp4
 
 NOTE = "repack.json"
@@ -70,7 +71,7 @@ def repack(
     keep_note(output, entries, per_shard, recode, segment)
     clear_partials(output)
     shards = [entries[begin : begin + per_shard] for begin in range(0, len(entries), per_shard)]
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
         for number, chosen in enumerate(shards):
             path = output / f"{number:05d}.tar"
             if path.exists():
@@ -93,11 +94,12 @@ def repack(
 def keep_note(output: Path, entries: list[Entry], per_shard: int, recode: Recode | None, segment: float | None) -> None:
     """What makes the shards of a folder, so that no other command goes on with it. Raises ValueError."""
     files = hashlib.blake2b("\n".join(entry.name for entry in entries).encode(), digest_size=8).hexdigest()
-    note = {"files": files, "per_shard": per_shard, "recode": recode and asdict(recode), "segment": segment}
+    captions = hashlib.blake2b("\n".join(json.dumps(entry.fields) for entry in entries).encode(), digest_size=8).hexdigest()
+    note = {"files": files, "captions": captions, "per_shard": per_shard, "recode": recode and asdict(recode), "segment": segment}
     path = output / NOTE
     if path.exists() and any(output.glob("*.tar")):
         before = json.loads(path.read_text())
-        different = [f"{name} was {before.get(name)} and is {value}" for name, value in note.items() if before.get(name) != value]
+        different = [f"{name} was {before.get(name)} and is {value}" for name, value in note.items() if before.get(name, value) != value]
         if different:
             raise ValueError(f"{output} holds shards of another repacking: {'; '.join(different)}. Choose another output=")
     elif there := sorted(output.glob("*.tar")):

@@ -6,12 +6,14 @@ import json
 import re
 import subprocess
 import sys
+import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from made_shards import image_bytes, video_bytes, video_sample, write_tar
+from made_shards import image_bytes, running_in, video_bytes, video_sample, write_tar
 
 from t2v.data.entries import find
 from t2v.data.loader import ClipLoader
@@ -141,7 +143,7 @@ def test_several_workers_read_one_zip(tmp_path: Path) -> None:
     assert (shard.samples, dict(shard.skipped)) == (count, {})
 
 
-def test_captions_beside_the_files(tmp_path: Path) -> None:
+def test_captions_beside_the_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for number in range(3):
@@ -149,6 +151,11 @@ def test_captions_beside_the_files(tmp_path: Path) -> None:
     (source / "0.txt").write_text("zero")
     (source / "1.json").write_text('{"caption": "one", "n": 1}')
     assert [(entry.name, entry.fields["caption"]) for entry in find(source)] == [("0.webm", "zero"), ("1.webm", "one")]
+    assert "1 of the 3 files in" in caplog.text
+    assert "such as 2.webm" in caplog.text
+    write_tar(source / "00000.tar", [video_sample(1)])
+    assert [entry.name for entry in find(source)] == ["00000.tar#0"]
+    assert "other files, such as 0.webm, which are not" in caplog.text
 
 
 def test_files_of_a_table_that_are_not_there_are_counted(clips: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -231,6 +238,8 @@ def test_it_continues(clips: Path, tmp_path: Path) -> None:
             next(repack(entries, tmp_path / "out", **options))
     with pytest.raises(ValueError, match="files was"):
         next(repack(entries[1:], tmp_path / "out", per_shard=2))
+    with pytest.raises(ValueError, match="captions was"):
+        next(repack([replace(entry, fields={"caption": "another"}) for entry in entries], tmp_path / "out", per_shard=2))
 
 
 def test_shards_of_others_are_neither_taken_for_ours_nor_changed(clips: Path, tmp_path: Path) -> None:
@@ -277,3 +286,27 @@ def test_what_killed_processes_left_is_removed(clips: Path, tmp_path: Path) -> N
     (shard,) = repack(find(clips, clips / "captions.csv"), out)
     assert {path.name for path in out.iterdir()} == {"00000.tar", "00000_stats.json", "repack.json", ours.name, others.name}
     assert shard.samples == 4
+
+
+WORKERS = """
+import sys
+from pathlib import Path
+from t2v.data.entries import find
+from t2v.data.repacking import Recode, repack
+list(repack(find(Path(sys.argv[1])), Path(sys.argv[2]), recode=Recode(size=32), workers=2))
+"""
+
+
+def test_killed_outright_it_leaves_no_processes(tmp_path: Path) -> None:
+    write_tar(tmp_path / "in/00000.tar", [video_sample(number) for number in range(300)])
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, "-c", WORKERS, *arguments], start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(running_in(process.pid)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(running_in(process.pid)) == 3
+    process.kill()
+    process.wait()
+    while running_in(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not running_in(process.pid)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import subprocess
@@ -13,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from made_shards import running_in
 
 from t2v.data import shapes
 from t2v.data.checker import check
@@ -139,21 +139,10 @@ def test_killed_outright_it_leaves_neither_processes_nor_half_a_folder(tmp_path:
     process.kill()
     process.wait()
     assert list(tmp_path.glob(".video-*/*.tar")), "it had begun to write"
-    while members(process.pid) and time.monotonic() < deadline:
+    while running_in(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not members(process.pid)
+    assert not running_in(process.pid)
     assert not (tmp_path / settings.folder).exists()
-
-
-def members(session: int) -> list[int]:
-    """Processes of that session which still run."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, its = stat.read_text().rpartition(")")[2].split()[:4]
-            if int(its) == session and state != "Z":
-                found.append(int(stat.parent.name))
-    return found
 
 
 def test_of_two_that_start_at_once_one_writes_and_both_read_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
