@@ -43,10 +43,11 @@ def corner(frames: torch.Tensor) -> str:
 def test_the_middle_square_scaled() -> None:
     wide = Image.new("RGB", (96, 32), BLUE)
     wide.paste(RED, (32, 0, 64, 32))
-    frames = decode_image(encoded(wide), size=16)
-    assert frames.shape == (1, 16, 16, 3)
-    assert frames.dtype == torch.uint8
-    assert (frames.float().mean((0, 1, 2)) - torch.tensor(RED)).abs().max() < 12
+    for image in (wide, wide.transpose(Image.Transpose.ROTATE_90)):
+        frames = decode_image(encoded(image), size=16)
+        assert frames.shape == (1, 16, 16, 3)
+        assert frames.dtype == torch.uint8
+        assert (frames.float().mean((0, 1, 2)) - torch.tensor(RED)).abs().max() < 12
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "YCbCr", "LAB"])
@@ -93,9 +94,11 @@ NAMES = dict(zip(range(2, 9), TURNS))
 def test_exif_orientation_from_the_file_and_from_the_json(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    tagged = decode_image(encoded(marked(), "JPEG", exif=exif, quality=95), size=32)
-    assert corner(tagged) == UPRIGHT[orientation]
+    tagged = encoded(marked(), "JPEG", exif=exif, quality=95)
+    assert corner(decode_image(tagged, size=32)) == UPRIGHT[orientation]
     fields = {"exif": json.dumps({"Image Orientation": NAMES.get(orientation, "Horizontal (normal)")})}
+    if orientation > 1:
+        assert corner(ImageFrames(32)(tagged, fields, random.Random(0))[0]) == UPRIGHT[orientation]  # not turned twice
     stripped, _ = ImageFrames(32)(encoded(marked(), "JPEG", quality=95), fields, random.Random(0))
     assert corner(stripped) == UPRIGHT[orientation]
 
@@ -157,3 +160,9 @@ def test_video_recipe_starts_at_random_and_repeats_with_its_rng() -> None:
     assert torch.equal(clips[0][0], clips[1][0])
     assert clips[0][1] == clips[1][1] != clips[2][1]
     assert 0 <= clips[2][1] <= 95 / 12 - 1
+
+
+def test_starts_of_the_grid_are_all_that_fit() -> None:
+    recipe = VideoFrames(fps=3, starts="grid")
+    for slack, last in ((0.0, 0), (0.5, 1), (2 / 3 - 1e-9, 2), (1.0, 3)):
+        assert {recipe._start(slack, random.Random(seed)) for seed in range(99)} == {k / 3 for k in range(last + 1)}

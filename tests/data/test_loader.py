@@ -187,8 +187,9 @@ def test_state_refuses_what_it_does_not_describe(folder: Path, tmp_path: Path) -
     state = Progress.merge([own])
     with pytest.raises(ValueError, match="num_readers=8"):
         ClipLoader(tiny(folder, num_readers=4), global_batch=4, state=state)
-    with pytest.raises(ValueError, match="other data"):
-        ClipLoader(tiny(write_images(tmp_path, 3, 4)), global_batch=4, state=state)
+    for other in (tiny(write_images(tmp_path, 3, 4)), tiny(folder, seed=1), tiny(folder, buffer=6)):
+        with pytest.raises(ValueError, match="other data"):
+            ClipLoader(other, global_batch=4, state=state)
     with pytest.raises(ValueError, match="merge"):
         ClipLoader(tiny(folder), global_batch=4, state=own)
     with pytest.raises(ValueError, match="belong together"):
@@ -364,8 +365,8 @@ def test_bugs_are_not_bad_data(folder: Path, workers: int) -> None:
 def test_crops_survive_a_resume(tmp_path: Path) -> None:
     write_tar(tmp_path / "00000.tar", [video_sample(number) for number in range(12)])
 
-    def starts(steps: int, state: dict | None = None) -> tuple[list, dict]:
-        stream = webvid(str(tmp_path), num_frames=4, size=16, num_readers=4, buffer=3)
+    def starts(steps: int, state: dict | None = None, seed: int = 0) -> tuple[list, dict]:
+        stream = webvid(str(tmp_path), num_frames=4, size=16, num_readers=4, buffer=3, seed=seed)
         batches, progress = take(ClipLoader(stream, global_batch=4, state=state), steps)
         clips = [
             (key, start, frame.tolist())
@@ -377,4 +378,4 @@ def test_crops_survive_a_resume(tmp_path: Path) -> None:
     whole, _ = starts(6)
     first, state = starts(2)
     assert first + starts(4, state)[0] == whole
-    assert len({start for _, start, _ in whole}) == len(whole)  # a new start in every pass
+    assert len({start for _, start, _ in whole + starts(6, seed=1)[0]}) == 2 * len(whole)  # a new one in every pass and for every seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import fsspec
@@ -120,6 +121,7 @@ def test_weights_are_shares_of_the_samples(tmp_path: Path) -> None:
     batch = next(iter(ClipLoader(stream, global_batch=80)))
     assert (batch.sources.count("a"), batch.sources.count("b")) == (60, 20)
     assert share(64, [1, 1, 1000], 0).count(0) == 1
+    assert 24 < sum(a != b for a, b in pairwise(share(64, [1, 1], 0))) < 40  # mixed by chance: steps hold both
     assert sorted(share(10, [1, 2, 7], 5)) == [0] + [1] * 2 + [2] * 7
 
 

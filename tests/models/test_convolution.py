@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from t2v.models.attention import GEGLU
-from t2v.models.convolution import GroupNorm, TemporalConv, Upsample, drop
+from t2v.models.convolution import Downsample, GroupNorm, TemporalConv, TemporalConvBlock, Upsample, drop
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -51,6 +51,26 @@ def test_temporal_convolution_is_conv3d_for_one_frame_and_many() -> None:
         x = torch.randn(2, f, 3, 4, 6, dtype=torch.float64)
         expected = F.conv3d(x.permute(0, 4, 1, 2, 3), layer.weight, layer.bias, padding=(1, 0, 0)).permute(0, 2, 3, 4, 1)
         torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_only_later_temporal_convolutions_drop() -> None:
+    x = torch.randn(1, 3, 2, 2, 4)
+    for num_convs, dropped in ((1, False), (2, True)):
+        block = TemporalConvBlock(4, num_convs, groups=2, dropout=0.5)
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter)
+        assert torch.equal(block(x), block(x)) != dropped
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_downsampling_is_diffusers(padding: int) -> None:
+    from diffusers.models.downsampling import Downsample2D
+
+    ours, theirs = Downsample(4, padding), Downsample2D(4, use_conv=True, padding=padding, name="op")
+    theirs.conv.load_state_dict(ours.conv.state_dict())
+    x = torch.randn(2, 3, 8, 6, 4)
+    expected = theirs(x.flatten(0, 1).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).unflatten(0, (2, 3))
+    assert torch.allclose(ours(x), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(8, 10), (7, 9), (8, 9)])

@@ -45,6 +45,7 @@ def test_ema_warmup_forgets_the_start() -> None:
 def test_learning_rate_factors() -> None:
     assert [constant(3)(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     factor = cosine(100, warmup_steps=10, final=0.1)
+    assert [factor(0), factor(9)] == pytest.approx([1 / 11, 10 / 11])
     assert factor(10) == pytest.approx(1.0)
     assert factor(55) == pytest.approx(0.55)
     assert factor(100) == factor(10**6) == pytest.approx(0.1)
