@@ -11,8 +11,9 @@ import hashlib
 import io
 import json
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def repack(
                 continue
             examples: list[str] = []
             with ShardWriter(path) as shard:
-                for position, (entry, result) in enumerate(_ahead(pool, chosen, recode, segment, 4 * workers)):
+                for position, (entry, result) in enumerate(_ahead(pool, chosen, recode, segment, workers)):
                     if isinstance(result, BadSample):
                         shard.skip(result.reason)
                         examples = [*examples, f"{entry.name}: {result}"][:5]
@@ -154,14 +155,18 @@ def _members(suffix: str, data: bytes, caption: str, fields: dict[str, Any]) -> 
 
 
 def _ahead(
-    pool: ProcessPoolExecutor, entries: Iterable[Entry], recode: Recode | None, segment: float | None, depth: int
+    pool: ProcessPoolExecutor, entries: Sequence[Entry], recode: Recode | None, segment: float | None, workers: int
 ) -> Iterator[tuple[Entry, list[dict[str, bytes]] | BadSample]]:
-    """Results in order, `depth` files under way at most."""
-    waiting: deque[tuple[Entry, Future[list[dict[str, bytes]] | BadSample]]] = deque()
-    for entry in entries:
-        waiting.append((entry, pool.submit(prepare, entry, recode, segment)))
-        if len(waiting) >= depth:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    for first, future in waiting:
-        yield first, future.result()
+    """Results in order, four files of each worker under way at most. Raises ChildProcessError where a worker is gone."""
+    ahead: deque[Future[list[dict[str, bytes]] | BadSample]] = deque()
+    try:
+        for number, entry in enumerate(entries):
+            while len(ahead) < min(4 * workers, len(entries) - number):
+                ahead.append(pool.submit(prepare, entries[number + len(ahead)], recode, segment))
+            yield entry, ahead.popleft().result()
+    except BrokenProcessPool as error:
+        names = ", ".join(entry.name for entry in entries[number : number + workers])
+        raise ChildProcessError(
+            f"a worker was killed, or crashed, over {names} or a file after: where memory is short, lower workers={workers}; a file that "
+            "crashes it each time is left out, and counted, once it is empty"
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import pytest
 import torch
 from made_shards import image_bytes, running_in, video_bytes, video_sample, write_tar
 
-from t2v.data.entries import find
+from t2v.data.entries import Entry, find
 from t2v.data.loader import ClipLoader
+from t2v.data.raw import RawSample
 from t2v.data.repacking import Recode, _segments, repack
 from t2v.data.shard_writer import partial_of
 from t2v.data.shards import LocalTar
@@ -286,6 +288,19 @@ def test_what_killed_processes_left_is_removed(clips: Path, tmp_path: Path) -> N
     (shard,) = repack(find(clips, clips / "captions.csv"), out)
     assert {path.name for path in out.iterdir()} == {"00000.tar", "00000_stats.json", "repack.json", ours.name, others.name}
     assert shard.samples == 4
+
+
+class Deadly(Entry):
+    def read(self) -> RawSample:
+        os._exit(9)
+
+
+def test_a_worker_that_crashes_ends_it_in_one_line(clips: Path, tmp_path: Path) -> None:
+    entries = find(clips, clips / "captions.csv")
+    entries[2:2] = [Deadly("bad.mp4", tmp_path, {})]
+    with pytest.raises(ChildProcessError, match=r"a worker was killed, or crashed, over .*bad.mp4.*lower workers=3"):
+        list(repack(entries, tmp_path / "out", workers=3))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["repack.json"]
 
 
 WORKERS = """
