@@ -89,9 +89,10 @@ class LatentCard:
         """Raises ValueError where the folder already holds other latents."""
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / SIDECAR).exists():
-            there = LatentCard.read(str(folder))
-            if there != self:
-                raise ValueError(f"{folder} holds other latents: {there}, not {self}; choose another output=")
+            there = asdict(LatentCard.read(str(folder)))
+            different = [f"{name} was {there[name]} and is {value}" for name, value in asdict(self).items() if there[name] != value]
+            if different:
+                raise ValueError(f"{folder} holds other latents: {'; '.join(different)}. Choose another output=")
         else:
             write_json(folder / SIDECAR, asdict(self))
 

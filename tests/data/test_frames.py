@@ -162,6 +162,21 @@ def test_video_recipe_starts_at_random_and_repeats_with_its_rng() -> None:
     assert 0 <= clips[2][1] <= 95 / 12 - 1
 
 
+def test_video_recipe_asks_for_what_it_is_told() -> None:
+    short = video_bytes(frames=30)  # 2.4 s
+
+    def frames(**options) -> int:
+        try:
+            return len(VideoFrames(**{"num_frames": 12, "fps": 3, "size": 16} | options)(short, {}, random.Random(0))[0])
+        except BadSample as error:
+            return error.reason
+
+    assert frames() == "video_too_short"
+    assert (frames(short="loop"), frames(short="slow")) == (12, 12)
+    assert (frames(fps=30), frames(fps=30, min_distinct=0.2)) == ("video_too_few_frames", 12)
+    assert (frames(num_frames=4), frames(num_frames=4, max_pixels=99)) == (4, "video_too_large")
+
+
 def test_starts_of_the_grid_are_all_that_fit() -> None:
     recipe = VideoFrames(fps=3, starts="grid")
     for slack, last in ((0.0, 0), (0.5, 1), (2 / 3 - 1e-9, 2), (1.0, 3)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from t2v.data.arrays import pack, pack_moments, read_moments
 from t2v.data.encoding import encode_shards
 from t2v.data.errors import BadSample, DataQualityError
 from t2v.data.folder import read_table
-from t2v.data.latents import LatentCard, webvid_latents
+from t2v.data.latents import LatentCard, LatentFrames, webvid_latents
 from t2v.data.loader import ClipLoader
 from t2v.data.shards import LocalTar
 from t2v.data.webvid import webvid
@@ -264,7 +265,7 @@ def test_what_does_not_fit_is_refused(videos: Path, tmp_path: Path) -> None:
     latents = webvid_latents(str(out), num_frames=6, size=16)
     with pytest.raises(ValueError, match="another autoencoder"):
         latents.check(Autoencoder(gain=0.5), TextEncoder())
-    with pytest.raises(ValueError, match="other latents"):
+    with pytest.raises(ValueError, match=r"other latents: autoencoder_sha256 was 0+1.000 and is 0+0.500. Choose another output="):
         list(encode_shards(stream(videos), Autoencoder(gain=0.5), out))
     with pytest.raises(ValueError, match="16 pixels at 3 fps, not of 32 at 3"):
         webvid_latents(str(out), size=32)
@@ -290,6 +291,9 @@ def test_short_clips_and_damaged_latents_are_bad_samples(videos: Path, tmp_path:
             read_moments(data)
     with pytest.raises(ValueError, match="not finite"):
         pack_moments(torch.full((1, 1, 1, 2), 1e6))
+    frames = LatentFrames(LatentCard("", 8, 3, 16, 3.0), num_frames=6)
+    windows = [frames(pack_moments(torch.zeros(8, 2, 2, 6)), {}, random.Random(seed)) for seed in range(30)]
+    assert {round(3 * start) for _, start in windows} == {0, 1, 2}  # all that fit
     assert read_moments(pack_moments(torch.full((1, 1, 1, 2), 90.0))).tolist() == [[[[90.0, 20.0]]]]
     assert np.float16 == read_moments(pack_moments(torch.zeros(1, 1, 1, 2))).dtype
 
