@@ -180,11 +180,12 @@ class WholeClips(IterableDataset):
                 if error.reason != "video_too_short":
                     raise
                 frames, _ = decode(num_frames=None)
-            if len(frames) < r.num_frames and r.short != "skip":  # looped or slowed now, as training on the video would
-                frames, _ = decode(num_frames=r.num_frames, short=r.short)
+            needed = min(r.num_frames, self.max_frames)
+            if len(frames) < needed and r.short != "skip":  # looped or slowed now, as training on the video would
+                frames, _ = decode(num_frames=needed, short=r.short)
         except BadSample as error:
             return Decoded(sample.key, reason=error.reason, detail=error.detail)
-        return Decoded(sample.key, caption, frames[: self.max_frames])
+        return Decoded(sample.key, caption, frames)
 
 
 def encode_shards(

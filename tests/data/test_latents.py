@@ -238,6 +238,40 @@ def test_an_unreadable_shard_does_not_end_the_encoding(videos: Path, tmp_path: P
     assert [shard.clips for shard in encode_shards(stream(videos), Autoencoder(), tmp_path / "out")] == [0, 1, 0]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_lies_before_the_damage_of_a_shard_is_encoded(videos: Path, tmp_path: Path, workers: int) -> None:
+    whole = (videos / "00002.tar").read_bytes()
+    (videos / "00002.tar").write_bytes(whole[: len(whole) * 3 // 4])
+    *_, shard = encode_shards(stream(videos), Autoencoder(), tmp_path / "out", num_workers=workers)
+    assert (shard.clips, dict(shard.skipped), shard.lost) == (2, {"shard_error": 1}, "")
+    assert keys(tmp_path / "out")[-2:] == ["00000008", "00000009"]
+
+
+@pytest.mark.parametrize(("bad", "stops"), [(2, False), (3, True)])
+def test_too_many_bad_samples_end_the_encoding(tmp_path: Path, bad: int, stops: bool) -> None:
+    samples = [video_sample(k) for k in range(10)] + [(f"bad{k}", {"mp4": b"<html>" * 50, "txt": b"?"}) for k in range(bad)]
+    write_tar(tmp_path / "videos/0.tar", samples)
+    videos = webvid(str(tmp_path / "videos"), num_frames=6, size=16, num_readers=1, limits={"min_samples": 2})
+    shards = encode_shards(videos, Autoencoder(), tmp_path / "out")
+    if stops:
+        with pytest.raises(DataQualityError, match=r"3 of the last 13 samples are bad \(limit max_bad_fraction=0.2\)"):
+            list(shards)
+    else:
+        assert [shard.clips for shard in shards] == [10]
+
+
+def test_clips_and_captions_are_chosen_as_training_on_the_videos_would(tmp_path: Path) -> None:
+    members = {"mp4": video_bytes(), "json": b'{"caption_1": "one", "caption_2": "two"}'}
+    write_tar(tmp_path / "videos/0.tar", [(str(k), members) for k in range(9)])
+    options = {"num_frames": 6, "size": 16, "num_readers": 1, "caption": "json:caption_*"}
+    (shard,) = encode_shards(webvid(str(tmp_path / "videos"), **options), Autoencoder(), tmp_path / "out")
+    tar = LocalTar(str(shard.shard))
+    assert {tar.read(k).members["txt"] for k in range(9)} == {b"one", b"two"}
+    for limit in ({"min_distinct": 1.1}, {"max_pixels": 99}):
+        (shard,) = encode_shards(webvid(str(tmp_path / "videos"), **options, **limit), Autoencoder(), tmp_path / next(iter(limit)))
+        assert shard.skipped.total() == 9
+
+
 def test_too_many_unreadable_shards_end_the_encoding(tmp_path: Path) -> None:
     for number in range(30):
         path = write_tar(tmp_path / f"videos/{number:05d}.tar", [])
@@ -392,6 +426,8 @@ def test_short_clips_are_encoded_as_training_on_them_would_read_them(tmp_path: P
     videos = webvid(str(tmp_path / "videos"), num_frames=16, size=16, num_readers=1, short=short)
     (shard,) = encode_shards(videos, Autoencoder(), tmp_path / "out")
     assert shard.frames == frames
+    (shard,) = encode_shards(videos, Autoencoder(), tmp_path / "fewer", max_frames=12)
+    assert shard.frames == min(frames, 12)
     if short != "skip":
         batch = next(iter(ClipLoader(webvid_latents(str(tmp_path / "out"), num_frames=16, size=16, num_readers=1), global_batch=1)))
         raw, _ = decode_clip(data, num_frames=16, fps=3, size=16, short=short)

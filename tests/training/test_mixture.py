@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from t2v.training.mixture import JointMixture, RankMixture, StepPlan
+from t2v.training.mixture import JointMixture, RankMixture, Role, StepPlan
 
 
 def shares(total: int, world: int) -> list[int]:
@@ -41,6 +41,9 @@ def test_rank_mixture_takes_every_eighth_rank_for_images() -> None:
     assert [role["image"].rank for role in roles if "image" in role] == [0, 1]
     assert [role["video"].rank for role in roles if "video" in role] == list(range(14))
     assert {role["video"].world for role in roles if "video" in role} == {14}
+    uneven = [RankMixture().roles(rank, 11) for rank in range(11)]
+    assert [role["image"] for role in uneven if "image" in role] == [Role(0, 2), Role(1, 2)]
+    assert [role["video"] for role in uneven if "video" in role] == [Role(rank, 9) for rank in range(9)]
 
 
 def test_accumulation_follows_from_micro_batches() -> None:
