@@ -134,6 +134,37 @@ def test_codecs_and_containers_give_the_right_frames(codec: str, form: str, opti
         assert numbers(clip) == pytest.approx([30 * start + 10 * k for k in range(16)], abs=1)
 
 
+def cut(data: bytes, begin: float, seconds: float) -> bytes:
+    """Cut without encoding again, as `ffmpeg -ss BEGIN -i ... -c copy` does: packets from the keyframe before, and an edit list."""
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(buffer, "w", format="mp4", options={"avoid_negative_ts": "disabled"}) as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        offset = round(begin / stream.time_base)
+        source.seek(offset, stream=stream)
+        for packet in source.demux(stream):
+            if packet.size:
+                packet.pts, packet.dts, packet.stream = packet.pts - offset, packet.dts - offset, copy
+                target.mux(packet)
+    edited = bytearray(buffer.getvalue())
+    place = edited.index(b"elst") + 12  # after its name, version and count: the length in milliseconds
+    edited[place : place + 4] = round(1000 * seconds).to_bytes(4, "big")
+    return bytes(edited)
+
+
+@pytest.mark.parametrize("gop", [7, 100])
+def test_what_an_edit_list_cuts_off_is_not_shown(gop: int) -> None:
+    data = cut(mp4(numbered(300), 30, gop=gop), 4.5, 4.0)
+    with av.open(io.BytesIO(data)) as container:
+        assert [frame.pts for frame in container.decode(video=0)] == [512 * k for k in range(120)]  # FFmpeg's own view
+    whole, _ = decode_clip(data, num_frames=None, fps=None, size=64)
+    assert numbers(whole) == list(range(135, 255))
+    assert (probe(data).frames, probe(data).seconds) == (120, pytest.approx(119 / 30))
+    for start in (0.0, 0.3):
+        clip, _ = decode_clip(data, num_frames=12, fps=3, size=64, start=start)
+        assert numbers(clip) == [135 + int(30 * start) + 10 * k for k in range(12)]
+
+
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
 def test_rotation_tags_are_applied(rotation: int) -> None:
     frames = np.zeros((4, 64, 96, 3), np.uint8)

@@ -104,7 +104,8 @@ def _video_stream(container: Any, max_pixels: int) -> Any:
 
 
 def _timestamps(container: Any, stream: Any) -> tuple[list[int], list[int]]:
-    """Sorted presentation times of all frames and of the keyframes, in the stream's time base, from the packets (no decoding)."""
+    """Sorted presentation times of the frames that are shown and of all keyframes, in the stream's time base, from the packets (no
+    decoding). What an edit list cuts off is not shown, but may be what shown frames are decoded from."""
     times, keyframes, count = set(), set(), 0
     try:
         for packet in container.demux(stream):
@@ -115,7 +116,8 @@ def _timestamps(container: Any, stream: Any) -> tuple[list[int], list[int]]:
                 raise BadSample("video_too_long", f"over {MAX_PACKETS} packets")
             if packet.is_corrupt or packet.pts is None:
                 continue
-            times.add(packet.pts)
+            if not packet.is_discard:
+                times.add(packet.pts)
             if packet.is_keyframe:
                 keyframes.add(packet.pts)
     except av.FFmpegError as error:
