@@ -5,6 +5,8 @@ Anything that is not a BadSample (or an unreadable shard) is a bug and propagate
 
 from __future__ import annotations
 
+import errno
+import resource
 from collections import Counter, deque
 from dataclasses import dataclass
 
@@ -15,11 +17,23 @@ EXPECTED = frozenset({"filtered", "download_failed"})
 
 
 class DataQualityError(ValueError):
-    """So much of the data is bad that training on the rest would be silently training on something else."""
+    """So much of the data is bad, or cannot be opened here, that training on the rest would be silently training on something else."""
 
 
 class ShardError(Exception):
     """A shard that cannot be opened, or not be read to its end."""
+
+
+def refuse_full_process(error: BaseException | None) -> None:
+    """To be asked before a file counts as bad. Raises DataQualityError where it is the process that may not open another one."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise DataQualityError(
+                f"{error}: a process may have {limit} files open, and each of its readers keeps a shard open. Raise the limit "
+                "(`ulimit -n`), or let each process have fewer readers: more workers, or a smaller data.*.num_readers"
+            ) from error
+        error = error.__cause__ or error.__context__
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import os
 from functools import lru_cache
 from typing import Any
 
-from t2v.data.errors import ShardError
+from t2v.data.errors import ShardError, refuse_full_process
 from t2v.data.raw import RawSample
 
 ROWS = 256  # at most, per pretended shard
@@ -44,6 +44,7 @@ def read_table(path: str) -> tuple[list[dict[str, Any]], str]:
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("its rows are not objects")
     except (OSError, ValueError, csv.Error) as error:
+        refuse_full_process(error)
         raise ValueError(f"{path}: unreadable: {error}") from error
     columns = list(rows[0]) if rows else []
     column = next((name for name in FILE_COLUMNS if name in columns), None)
@@ -99,6 +100,6 @@ class FolderRows:
         try:
             with open(os.path.join(os.path.dirname(self.path), name), "rb") as file:
                 members[suffix[1:].lower()] = file.read()
-        except (OSError, ValueError):  # a folder, a name with a zero byte: one row is no reason to leave out the others
-            pass  # counted as missing_member
+        except (OSError, ValueError) as error:  # a folder, a name with a zero byte: one row is no reason to leave out the others
+            refuse_full_process(error)  # else it is counted as missing_member
         return RawSample(key, members)

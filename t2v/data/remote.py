@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
-from t2v.data.errors import ShardError
+from t2v.data.errors import ShardError, refuse_full_process
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -35,6 +35,7 @@ class Retry:
             except FINAL as error:
                 raise ShardError(f"{what}: {type(error).__name__}: {error}") from error
             except Exception as error:
+                refuse_full_process(error)
                 if attempt + 1 == self.attempts:
                     raise ShardError(f"{what}: {type(error).__name__}: {error}, {self.attempts} times") from error
                 log.info("%s: %r, trying again", what, error)

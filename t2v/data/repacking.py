@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from t2v.data.entries import MEDIA, Entry
-from t2v.data.errors import BadSample, ShardError
+from t2v.data.errors import BadSample, ShardError, refuse_full_process
 from t2v.data.frames import decode_image
 from t2v.data.laion import IMAGES
 from t2v.data.shard_writer import ShardWriter, clear_partials, write_json
@@ -138,6 +138,7 @@ def prepare(entry: Entry, recode: Recode | None, segment: float | None) -> list[
     except BadSample as error:
         return error
     except (ShardError, OSError) as error:
+        refuse_full_process(error)
         return BadSample("unreadable", str(error))
 
 

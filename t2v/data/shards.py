@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from webdataset.tariterators import base_plus_ext, tar_file_iterator
 
-from t2v.data.errors import ShardError
+from t2v.data.errors import ShardError, refuse_full_process
 from t2v.data.folder import FolderRows
 from t2v.data.raw import RawSample
 
@@ -31,6 +31,7 @@ class LocalTar:
         try:
             self.file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed with this object)
         except OSError as error:
+            refuse_full_process(error)
             raise ShardError(str(error)) from error
         starts: list[int] = []
         end, last = 0, ""

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import random
+import resource
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
@@ -126,6 +130,37 @@ def test_unreadable_shards_stop_the_training(tmp_path: Path) -> None:
         (tmp_path / f"{shard:05d}.tar").write_bytes(b"nothing")
     with pytest.raises(DataQualityError, match=r"shards are unreadable \(limit max_unreadable_shards=0.05\).*shard_error"):
         read(tiny(tmp_path), 100)
+
+
+@contextmanager
+def files_left(count: int) -> Iterator[None]:
+    """This process may open no more than `count` further files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [number for number in range(1000) if not os.path.exists(f"/proc/self/fd/{number}")]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[count], hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_open_files_than_a_process_may_have_are_no_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "tars", 100, 2)
+    (tmp_path / "one.png").write_bytes(image_sample(0)[1]["png"])
+    (tmp_path / "captions.csv").write_text("file,caption\none.png,a picture\n")
+    remedy = "Too many open files.*a process may have [0-9]+ files open.*ulimit -n.*num_readers"
+    few, many = (laion(str(tmp_path / "tars"), size=4, num_readers=readers) for readers in (1, 100))
+    assert not bad(read(few, 1, 8))
+    with files_left(30), pytest.raises(DataQualityError, match=remedy):
+        read(many, 1, 100)
+    shard = Host(QualityLimits()).indexed(f"{tmp_path}/captions.csv#0:1")
+    assert shard is not None
+    assert "png" in shard.read(0).members
+    with files_left(0), pytest.raises(DataQualityError, match=remedy):
+        shard.read(0)
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    with files_left(0), pytest.raises(DataQualityError, match=remedy):
+        next(Host(QualityLimits()).streamed(f"file://{tmp_path}/tars/00000.tar"))
 
 
 def test_missing_shards_of_a_brace_list_count_as_unreadable(tmp_path: Path) -> None:
