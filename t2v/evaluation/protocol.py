@@ -126,7 +126,8 @@ class Manifest:
     @staticmethod
     def read(path: Path) -> Manifest:
         try:
-            header, *rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+            lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # captions may hold what else ends a line in Unicode
+            header, *rows = map(json.loads, lines)
             return Manifest(header, tuple(Row(**row) for row in rows))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not a manifest of an evaluation: {error}") from error

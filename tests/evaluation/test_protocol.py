@@ -94,6 +94,13 @@ def test_manifest_survives_a_file(tmp_path: Path) -> None:
         Manifest.read(tmp_path / "manifest.jsonl")
 
 
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x0b", "\r\n"])
+def test_ends_of_lines_inside_captions_are_read_back(tmp_path: Path, end: str) -> None:
+    manifest = select(Paper([Sentence(f"v{k}", k, f"a dog{end}runs") for k in range(9)]), protocol(metrics=("fvd",)))
+    manifest.write(tmp_path / "manifest.jsonl")
+    assert Manifest.read(tmp_path / "manifest.jsonl") == manifest
+
+
 def test_fewer_videos_than_the_preset_counts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"counts 2048 videos, msrvtt has 40.*num_videos=40"):
         select(Paper(sentences()), protocol(num_videos=2048))
