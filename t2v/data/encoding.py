@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from t2v.data.addresses import unsigned
 from t2v.data.arrays import pack, pack_moments
 from t2v.data.errors import BadSample, QualityGuard, QualityLimits, ShardError
 from t2v.data.frames import VideoFrames
@@ -76,8 +77,8 @@ class Job:
 
     @property
     def origin(self) -> str:
-        """The same from every working folder. One shard may be of two sources, which take different captions from it."""
-        return f"{self.source.name} {self.url if '://' in self.url else os.path.abspath(self.url)}"
+        """The same from every working folder, with every signature. One shard may be of two sources, which take different captions from it."""
+        return f"{self.source.name} {unsigned(self.url) if '://' in self.url else os.path.abspath(self.url)}"
 
 
 def jobs_of(stream: ClipStream, output: Path) -> list[Job]:
@@ -85,7 +86,7 @@ def jobs_of(stream: ClipStream, output: Path) -> list[Job]:
     that were given stay. Raises ValueError where `output` holds shards of something else."""
     given = {origin: name for name, origin in _note(output).get("shards", {}).items()}
     jobs = [Job(source, url, output) for source, urls in zip(stream.sources, stream.shards) for url in urls]
-    stems = [re.sub(r"[^\w.-]", "_", job.url.rsplit("/", 1)[-1].split("?")[0].removesuffix(".tar")) for job in jobs]
+    stems = [re.sub(r"[^\w.-]", "_", unsigned(job.url).split("?")[0].rsplit("/", 1)[-1].removesuffix(".tar")) for job in jobs]
     times, named = Counter(stems), []
     for job, stem in zip(jobs, stems):
         mark = "" if times[stem] == 1 else f"_{hashlib.blake2b(job.origin.encode(), digest_size=4).hexdigest()}"
@@ -259,7 +260,7 @@ def encode_shards(
                     members[TEXT] = pack(text_encoder.encode([clip.caption])[0])  # (n d)
                 fields = {
                     "source": source.name,
-                    "shard": url.rsplit("/", 1)[-1],
+                    "shard": unsigned(url).rsplit("/", 1)[-1],
                     "key": clip.key,
                     "frames": len(clip.frames),
                     "fps": recipe.fps,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from t2v.batch import Clip, Cursor
+from t2v.data.addresses import unsigned
 from t2v.data.errors import BadSample, QualityGuard, QualityLimits, ShardError
 from t2v.data.frames import FrameRecipe
 from t2v.data.order import Draw, Indexed, VirtualReader
@@ -65,7 +66,7 @@ class ClipStream:
     @property
     def signature(self) -> str:
         """Names what the readers' cursors refer to: they mean nothing with other shards, readers, seed or buffer."""
-        shards = [[source.name, *(url.rsplit("/", 1)[-1] for url in urls)] for source, urls in zip(self.sources, self.shards)]
+        shards = [[source.name, *(unsigned(url).rsplit("/", 1)[-1] for url in urls)] for source, urls in zip(self.sources, self.shards)]
         text = repr((shards, self.source_of_reader, self.buffer, self.seed))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

@@ -1,7 +1,7 @@
 """What a source is: where its shards lie, which members are media, where the caption lives, which samples are wanted.
 
-- urls: a tar, a folder of tars, a pattern (*.tar), a brace list ({00000..00099}.tar), an fsspec address (s3://...), the .csv or .jsonl of
-  a plain folder (folder.py), or a list of them
+- urls: a tar, a folder of tars, a pattern (*.tar), a brace list ({00000..00099}.tar), an fsspec address (s3://..., a signed https://...),
+  the .csv or .jsonl of a plain folder (folder.py), or a list of them; addresses.py says what is a pattern
 - media: member suffixes, the first that is present is taken: [mp4, webm, mkv]
 - caption: where to look, in order: txt, json:caption, json:caption_* (one of those that match, drawn at random)
 - filters: "field op value" on the json, all must hold: "pwatermark < 0.8", "status == success", "language in [en, de]"

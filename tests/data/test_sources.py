@@ -11,6 +11,8 @@ import fsspec
 import pytest
 from made_shards import image_bytes, image_sample, write_images, write_tar
 
+from t2v.data.addresses import expand
+from t2v.data.encoding import jobs_of
 from t2v.data.entries import find
 from t2v.data.errors import BadSample
 from t2v.data.folder import FolderRows, read_table
@@ -111,6 +113,32 @@ def test_addresses(tmp_path: Path) -> None:
         laion()
     with pytest.raises(ValueError, match="weight"):
         Source("x", "y", ["png"], weight=0)
+
+
+def test_names_and_signatures_are_no_patterns(tmp_path: Path) -> None:
+    for name in ("a[1]", "b{0,1}", "c*"):
+        write_images(tmp_path / name, 1, 1)
+        write_tar(tmp_path / f"{name}.tar", [image_sample(1)])
+        assert expand("x", f"{tmp_path}/{name}") == [f"{tmp_path}/{name}/00000.tar"]
+        assert expand("x", f"{tmp_path}/{name}.tar") == [f"{tmp_path}/{name}.tar"]
+    signed = "https://host/00000.tar?filter=a[0]*&list={1,2}&sig=/x/"
+    assert expand("x", signed) == [signed]
+    assert expand("x", "https://host/{07..08}.tar?sig={1,2}") == [f"https://host/0{k}.tar?sig={{1,2}}" for k in (7, 8)]
+    assert expand("x", "http://host/download?id=7") == ["http://host/download?id=7"]
+    for shard in range(3):
+        fsspec.filesystem("memory").pipe(f"/patterns/0{shard}.tar", b"")
+    assert expand("x", "memory://patterns/0[12].tar") == ["memory:///patterns/01.tar", "memory:///patterns/02.tar"]
+    assert len(expand("x", "memory://patterns/0?.tar")) == 3
+
+
+def test_shards_that_are_signed_anew_are_the_same(tmp_path: Path) -> None:
+    old, new, other = (laion(f"https://host/{name}", size=4) for name in ("0.tar?sig=a/b", "0.tar?sig=c", "1.tar?sig=c"))
+    assert old.signature == new.signature != other.signature
+    jobs = [jobs_of(stream, tmp_path)[0] for stream in (old, new, other)]
+    assert [job.output.name for job in jobs] == ["0.tar", "0.tar", "1.tar"]
+    assert jobs[0].place == jobs[1].place != jobs[2].place
+    numbered = jobs_of(laion(["https://host/get?id=1", "https://host/get?id=2"], size=4), tmp_path)
+    assert len({job.output for job in numbered}) == len({job.place for job in numbered}) == 2
 
 
 def test_weights_are_shares_of_the_samples(tmp_path: Path) -> None:
