@@ -36,6 +36,17 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ufeff]")
 
 
+class Loader(yaml.SafeLoader):
+    """Takes 1e-3 for the number that it is; in YAML 1.1 it is text. Dates are text, as in json."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
 @dataclass(frozen=True)
 class Filter:
     """`field op value` on a sample's json; a missing or incomparable field fails it."""
@@ -49,7 +60,13 @@ class Filter:
         match = re.fullmatch(r"\s*([\w.\- ]+?)\s*(<=|>=|==|!=|<|>|\bin\b)\s*(.+?)\s*", text)
         if match is None:
             raise ValueError(f"cannot read the filter {text!r}: write it as 'field op value' with op one of {', '.join(OPERATORS)}")
-        return Filter(match[1], match[2], yaml.safe_load(match[3]))
+        try:
+            value = yaml.load(match[3], Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"cannot read the value {match[3]!r} of the filter {text!r}") from error
+        if match[2] == "in" and not isinstance(value, list):
+            raise ValueError(f"the filter {text!r}: 'in' takes a list, such as 'language in [en, de]', not {match[3]!r}")
+        return Filter(match[1], match[2], value)
 
     def __call__(self, fields: Mapping[str, Any]) -> bool:
         value: Any = fields

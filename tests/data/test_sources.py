@@ -87,6 +87,11 @@ def test_filters() -> None:
     for text in ("punsafe > 0.5", "n < 1", "missing == 1", "NSFW < 3", "meta.fps in [1, 2]"):
         assert reason(members, filters=[text]) == "filtered"
     assert reason({"mp4": b"m", "txt": b"c", "json": b"{"}, filters=["a < 1"]) == "json_invalid"
+    for text in ("punsafe > 1e-3", "punsafe < 1E+2", "punsafe < 5.e-1", "punsafe in [1e-1, 2]", "day >= 2020-01-31", "tag == '1e5'"):
+        assert pick(members | {"json": b'{"punsafe": 0.1, "day": "2020-02-01", "tag": "1e5"}'}, filters=[text])[2] == "c"
+    for text in ("punsafe in 1e-1", "NSFW in UNLIKELY", "NSFW in [UNLIKELY"):
+        with pytest.raises(ValueError, match="the filter"):
+            Filter.parse(text)
     with pytest.raises(ValueError, match="op one of"):
         Filter.parse("punsafe ~ 3")
     assert clean("a\u0000 b\r\nc") == "a b c"
