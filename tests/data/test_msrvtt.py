@@ -94,6 +94,11 @@ class TestMiddleFrames:
     def test_native_thirty_fps(self) -> None:
         assert numbers(middle_clip(mp4(counting(100), 30), num_frames=16, fps=30, size=40)) == list(range(42, 58))
 
+    def test_a_slide_show_is_measured_as_it_is(self) -> None:
+        """A picture each second: training leaves such videos out, the protocol counts every clip."""
+        got = numbers(middle_clip(mp4(counting(12), 1), num_frames=16, fps=3, size=40))
+        assert got == [k // 3 for k in range(9, 25)]
+
     def test_short_clips_are_refused(self) -> None:
         with pytest.raises(BadSample, match="too_short"):
             middle_clip(mp4(counting(40), 10), num_frames=16, fps=3, size=32)
