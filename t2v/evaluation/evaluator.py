@@ -76,7 +76,7 @@ class Evaluator:
 
     def reference_stores(self) -> dict[str, FeatureStore]:
         return {
-            name: FeatureStore.of_real_clips(self.cache, self.dataset, self.manifest, self.used[name], name, self.protocol.chunk)
+            name: FeatureStore.of_real_clips(self.cache, self.dataset, self.manifest.clips, self.used[name], name, self.protocol.chunk)
             for name in reference_extractors(self.protocol.metrics)
         }
 
@@ -89,16 +89,18 @@ class Evaluator:
             for name, e in self.used.items()
         }
         references = self.reference_stores()
-        real = real_videos(self.dataset, self.manifest, self.protocol)
-        self._extract("real", real, {name: self.used[name] for name in references}, references)
-        self._extract("generated", videos, self.used, made)
+        real = real_videos(self.dataset, self.manifest.clips, self.protocol)
+        self._extract("real", real, {name: self.used[name] for name in references}, references, len(self.manifest.clips))
+        self._extract("generated", videos, self.used, made, len(self.manifest))
         self.barrier()
         if self.rank != 0:
             return None
         return self._report(subject, details, self._samples(videos, real, generated), made, references)
 
-    def _extract(self, stage: str, videos: Videos, extractors: Mapping[str, Extractor], stores: Mapping[str, FeatureStore]) -> None:
-        total, seen = len(self.manifest), 0
+    def _extract(
+        self, stage: str, videos: Videos, extractors: Mapping[str, Extractor], stores: Mapping[str, FeatureStore], total: int
+    ) -> None:
+        seen = 0
 
         def done(rows: int) -> None:
             nonlocal seen
@@ -126,15 +128,15 @@ class Evaluator:
         made: Mapping[str, FeatureStore],
         references: Mapping[str, FeatureStore],
     ) -> Results:
-        n = len(self.manifest)
+        n, clips = len(self.manifest), len(self.manifest.clips)
         captions = self._captions() if "clipsim" in self.protocol.metrics else None
         scores = measure(
             self.protocol,
             self.manifest,
             {name: identity(extractor) for name, extractor in self.used.items()},
             {name: store.read(n) for name, store in made.items()},
-            {name: store.read(n) for name, store in references.items()},
-            {name: references[name].moments(n) for name in distance_extractors(self.protocol.metrics)},
+            {name: store.read(clips) for name, store in references.items()},
+            {name: references[name].moments(clips) for name in distance_extractors(self.protocol.metrics)},
             captions,
             self.device,
         )
@@ -159,6 +161,7 @@ class Evaluator:
         """The first videos of the manifest and the real ones beside them."""
         p = self.protocol
         samples: list[tuple[str, Tensor, Tensor | None]] = []
+        shown: dict[int, Tensor] = {}
         for rows in (range(i, i + 1) for i in range(min(PAGE_VIDEOS, len(self.manifest)))):
             row = self.manifest.rows[rows.start]
             if generated:
@@ -166,7 +169,10 @@ class Evaluator:
             else:
                 video = videos(rows)[0]
             if video is not None:
-                samples.append((row.caption, video, real(rows)[0]))
+                clip = self.manifest.clip_of_row[rows.start]
+                if clip not in shown:
+                    shown[clip] = real(range(clip, clip + 1))[0]
+                samples.append((row.caption, video, shown[clip]))
         return samples
 
 

@@ -11,7 +11,8 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 from typing import Protocol as Interface
@@ -116,6 +117,18 @@ class Manifest:
         """Of the real clips alone: captions do not change them, so that protocols can share features of the same clips."""
         header = {key: value for key, value in self.header.items() if key not in ("captions", "annotations")}
         return digest({"header": header, "videos": [row.video_id for row in self.rows]})
+
+    @cached_property
+    def clips(self) -> Manifest:
+        """A row for each real clip, in order: a clip is read once, however many captions it has."""
+        first = {row.video_id: row for row in reversed(self.rows)}
+        return Manifest(self.header, tuple(replace(row, index=k) for k, row in enumerate(reversed(first.values()))))
+
+    @cached_property
+    def clip_of_row(self) -> list[int]:
+        """The row of `clips` that belongs to each row."""
+        places = {row.video_id: row.index for row in self.clips.rows}
+        return [places[row.video_id] for row in self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)

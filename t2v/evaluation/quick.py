@@ -95,12 +95,13 @@ class QuickEvaluation:
     def _real(self, rank: int, world: int, device: torch.device | str) -> dict[str, Tensor]:
         """Features of the real clips: from the cache, else rank by rank into it; with them their fitted Gaussians."""
         if self.real is None:
-            names, total, size = reference_extractors(self.protocol.metrics), len(self.manifest), self.protocol.chunk
+            names, clips, size = reference_extractors(self.protocol.metrics), self.manifest.clips, self.protocol.chunk
+            total = len(clips)
             stores: dict[str, FeatureStore] = {}
             with together(device):
                 for name in names:
-                    stores[name] = FeatureStore.of_real_clips(self.cache, self.dataset, self.manifest, self.extractors[name], name, size)
-                videos = real_videos(self.dataset, self.manifest, self.protocol)
+                    stores[name] = FeatureStore.of_real_clips(self.cache, self.dataset, clips, self.extractors[name], name, size)
+                videos = real_videos(self.dataset, clips, self.protocol)
                 extract(videos, [self.extractors[name] for name in names], list(stores.values()), total, size, device, rank, world)
             with together(device):  # what all ranks have written
                 real = {name: store.read(total) for name, store in stores.items()}

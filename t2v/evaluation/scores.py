@@ -101,7 +101,8 @@ def measure(
     captions: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> list[Score]:
-    """All scores of a protocol. Features by extractor: (n d) or (n f d), in the manifest's order; `captions` (n d) for CLIPSIM."""
+    """All scores of a protocol. Features by extractor: (n d) or (n f d), of generated videos in the order of the manifest's rows, of real
+    ones in that of its `clips`; `captions` (n d) for CLIPSIM."""
     scores: list[Score] = []
     for metric in protocol.metrics:
         name = EXTRACTORS[metric]
@@ -113,17 +114,17 @@ def measure(
             assert captions is not None
             scores.append(mean_score(metric, clipsim(generated[name], captions), manifest, mark))
             if name in real and protocol.companions:
-                relative = scores[-1].value / float(clipsim(real[name], captions).mean())
+                relative = scores[-1].value / float(clipsim(real[name][manifest.clip_of_row], captions).mean())
                 scores.append(Score("clipsim_relative", relative, len(manifest), mark, None, True, "generated over real"))
         elif metric == "temporal_consistency":
             scores.append(mean_score(metric, temporal_consistency(generated[name]), manifest, mark))
         elif metric == "attributes":
-            scores += attributes(generated[name], real[name], manifest, mark)
+            scores += attributes(generated[name], real[name], manifest.clip_of_row, mark)
         else:
             scores.append(mean_score(metric, dynamics(generated[name]), manifest, mark, None))
             scores.append(Score("still_videos", still_share(generated[name]), len(manifest), mark, None, False, "share"))
             if name in real:
-                scores.append(mean_score("dynamics_of_real", dynamics(real[name]), manifest, mark, None))
+                scores.append(mean_score("dynamics_of_real", dynamics(real[name]), manifest.clips, mark, None))
     return scores
 
 
@@ -151,10 +152,10 @@ def distances(
     ]
 
 
-def attributes(generated: Tensor, real: Tensor, manifest: Manifest, mark: str) -> list[Score]:
+def attributes(generated: Tensor, real: Tensor, clip_of_row: Sequence[int], mark: str) -> list[Score]:
     """Shares of videos that show what the real clip of the same caption shows, by the pixel checker: (n 5) codes, 0 is "cannot be told".
-    Beside each stands chance: the agreement with the real clip of the next caption."""
-    scores, others = [], real.roll(1, 0)
+    Beside each stands chance: the agreement with the next real clip."""
+    scores, others, real = [], real.roll(1, 0)[clip_of_row], real[clip_of_row]
     for column, name in enumerate((*ATTRIBUTES, "all_attributes")):
         columns = [column] if name in ATTRIBUTES else list(range(len(ATTRIBUTES)))
         right, chance = (((generated == side) & (side > 0))[:, columns].all(1).double() for side in (real, others))

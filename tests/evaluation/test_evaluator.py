@@ -14,7 +14,7 @@ from tiny_evaluation import VIDEOS, FrameGrid, Grid, Painter, moving, protocol
 from torch import Tensor
 
 from t2v.data.msrvtt import MsrVtt
-from t2v.evaluation import Evaluator, NotComparable, Protocol, QuickEvaluation, Results, VideoFolder, compare
+from t2v.evaluation import Evaluator, Manifest, NotComparable, Protocol, QuickEvaluation, Results, VideoFolder, compare
 from t2v.evaluation.features import FeatureStore, extract, identity
 from t2v.evaluation.videos import read_strip, uniform, write_strip
 from t2v.metrics.features import MotionFeatures
@@ -274,6 +274,31 @@ class TestRefuses:
         for stranger in (fewer, weights):
             with pytest.raises(NotComparable, match="fvd was measured on different videos"):
                 compare([one, stranger])
+
+
+def test_a_clip_of_many_captions_is_read_once(msrvtt: MsrVtt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    clip = MsrVtt.clip
+    monkeypatch.setattr(MsrVtt, "clip", lambda self, video_id, **options: read.append(video_id) or clip(self, video_id, **options))
+    everything = protocol(metrics=("clipsim", "dynamics"), captions="all")
+    one = replace(everything, captions="one")
+    run = evaluator(msrvtt, tmp_path / "all", tmp_path / "cache", everything)
+    results = run.of_model(Painter(), "painter", {})
+    assert results is not None
+    page = {row.video_id for row in Manifest.read(tmp_path / "all" / "manifest.jsonl").rows[:16]}
+    assert sorted(read) == sorted([*{s.video_id for s in msrvtt.sentences}, *page])
+    scores = {score.metric: score for score in results.scores}
+    assert scores["clipsim"].n == scores["dynamics"].n == 3 * VIDEOS  # generated
+    assert scores["dynamics_of_real"].n == VIDEOS
+    alone = evaluator(msrvtt, tmp_path / "one", tmp_path / "cache", one).of_model(Painter(), "painter", {})
+    assert alone is not None
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # protocols share a clip's features, however many captions they take
+    assert scores["dynamics_of_real"].value == {score.metric: score for score in alone.scores}["dynamics_of_real"].value
+    read.clear()
+    quick = QuickEvaluation(everything, msrvtt, run.used, tmp_path / "quick")
+    values = quick(Painter())
+    assert sorted(read) == sorted({s.video_id for s in msrvtt.sentences})
+    assert {f"val/{score.name}": score.value for score in results.scores} == values
 
 
 def test_one_batch_of_frames_is_held_at_a_time(msrvtt: MsrVtt, tmp_path: Path) -> None:
