@@ -6,9 +6,11 @@ multiply by 100). The mean of cosines, not the cosine of the mean: pooling first
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PIECE = 512  # videos
 STILL = 0.5 / 255
 """A video whose frames change by less than half a grey level on average is called still."""
 
@@ -17,14 +19,20 @@ def clipsim(pictures: Tensor, captions: Tensor) -> Tensor:
     """Picture features (b f d) and caption features (b d) -> CLIPSIM of each video, float64 (b)."""
     if pictures.ndim != 3 or captions.ndim != 2 or pictures.shape[::2] != captions.shape:
         raise ValueError(f"CLIPSIM takes pictures (b f d) and captions (b d), got {tuple(pictures.shape)} and {tuple(captions.shape)}.")
-    return F.cosine_similarity(pictures.double(), captions.double()[:, None], dim=-1).mean(1)
+    return _means(pictures, captions[:, None])
 
 
 def temporal_consistency(pictures: Tensor) -> Tensor:
     """Mean cosine of adjacent frames' picture features (b f d), float64 (b): high for smooth videos, and highest for still ones."""
     if pictures.ndim != 3 or pictures.shape[1] < 2:
         raise ValueError(f"Temporal consistency takes picture features (b f d) of at least 2 frames, got {tuple(pictures.shape)}.")
-    return F.cosine_similarity(pictures[:, 1:].double(), pictures[:, :-1].double(), dim=-1).mean(1)
+    return _means(pictures[:, 1:], pictures[:, :-1])
+
+
+def _means(one: Tensor, other: Tensor) -> Tensor:
+    """Mean cosines (b f d), (b f d) -> float64 (b), some videos at a time: in float64 all of a split would take tens of GB."""
+    pairs = zip(one.split(PIECE), other.split(PIECE))
+    return torch.cat([F.cosine_similarity(some.double(), others.double(), dim=-1).mean(1) for some, others in pairs])
 
 
 def dynamics(motion: Tensor) -> Tensor:

@@ -28,6 +28,23 @@ def test_temporal_consistency() -> None:
         temporal_consistency(torch.ones(1, 1, 2))
 
 
+def test_few_videos_are_held_in_float64_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures, captions = torch.randn(1100, 3, 8), torch.randn(1100, 8)
+    sizes: list[int] = []
+    cosine = torch.nn.functional.cosine_similarity
+
+    def watched(one: torch.Tensor, other: torch.Tensor, dim: int) -> torch.Tensor:
+        sizes.append(len(one))
+        return cosine(one, other, dim=dim)
+
+    monkeypatch.setattr(torch.nn.functional, "cosine_similarity", watched)
+    sims, smooth = clipsim(pictures, captions), temporal_consistency(pictures)
+    assert sizes == [512, 512, 76] * 2
+    pictures, captions = pictures.double(), captions.double()
+    torch.testing.assert_close(sims, cosine(pictures, captions[:, None], dim=-1).mean(1))
+    torch.testing.assert_close(smooth, cosine(pictures[:, 1:], pictures[:, :-1], dim=-1).mean(1))
+
+
 def test_still_videos_are_counted() -> None:
     motion = torch.tensor([[0.0, 0.0], [0.001, 0.002], [0.1, 0.2]])
     torch.testing.assert_close(dynamics(motion), torch.tensor([0.0, 0.0015, 0.15], dtype=torch.float64))
