@@ -77,7 +77,7 @@ class Job:
 
     @property
     def origin(self) -> str:
-        """The same from every working folder, with every signature. One shard may be of two sources, which take different captions from it."""
+        """The same from every working folder and with every signature. One shard may be of two sources, which take different captions."""
         return f"{self.source.name} {unsigned(self.url) if '://' in self.url else os.path.abspath(self.url)}"
 
 
