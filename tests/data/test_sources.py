@@ -141,9 +141,9 @@ def test_shards_that_are_signed_anew_are_the_same(tmp_path: Path) -> None:
     assert old.signature == new.signature != other.signature
     jobs = [jobs_of(stream, tmp_path)[0] for stream in (old, new, other)]
     assert [job.output.name for job in jobs] == ["0.tar", "0.tar", "1.tar"]
-    assert jobs[0].place == jobs[1].place != jobs[2].place
+    assert jobs[0].origin == jobs[1].origin != jobs[2].origin
     numbered = jobs_of(laion(["https://host/get?id=1", "https://host/get?id=2"], size=4), tmp_path)
-    assert len({job.output for job in numbered}) == len({job.place for job in numbered}) == 2
+    assert len({job.output for job in numbered}) == len({job.origin for job in numbered}) == 2
 
 
 def test_weights_are_shares_of_the_samples(tmp_path: Path) -> None:
