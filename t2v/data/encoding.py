@@ -124,9 +124,8 @@ def _recipe(stream: ClipStream) -> dict[str, Any]:
         for name in ("media", "caption", "filters", "keep_uncaptioned"):
             value = getattr(source, name)
             recipe[f"{source.name}.{name}"] = list(value) if isinstance(value, tuple) else value
-        for table in sorted(
-            {url.rpartition("#")[0] for url in urls if "#" in os.path.basename(url) and "://" not in url}
-        ):  # its shards are runs of its rows
+        tables = {url.rpartition("#")[0] for url in urls if "#" in os.path.basename(url) and "://" not in url}
+        for table in sorted(tables):  # its shards are runs of its rows
             data = Path(table).read_bytes()
             recipe[os.path.abspath(table)] = f"{len(data)} bytes ({hashlib.blake2b(data, digest_size=4).hexdigest()})"
     return recipe
